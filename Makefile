@@ -1,0 +1,60 @@
+# make demo | test | lint | bench | render | check | install [PG_CONFIG=/path/to/pg_config] | installcheck | clean
+# Every target first sees to what it needs (tools/bootstrap.sh), which is quick when all is there.
+
+PYTHON := .venv/bin/python
+# Root's rights are needed to install into a server, and by nothing else.
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+PYTEST_ARGS ?= -n 2
+# Connection string of a running server for installcheck.
+DSN ?=
+
+ifdef PG_CONFIG
+export PG_CONFIG
+PG_CONFIG_ARG := --pg-config "$(PG_CONFIG)"
+endif
+
+.PHONY: help bootstrap render check install test installcheck lint format bench demo clean distclean
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+bootstrap:
+	@sh tools/bootstrap.sh
+
+render: bootstrap
+	$(PYTHON) build.py render
+
+check: bootstrap
+	$(PYTHON) build.py check
+
+install: bootstrap
+	$(SUDO) env FORCE="$(FORCE)" $(PYTHON) build.py install $(PG_CONFIG_ARG)
+
+test: check install
+	$(PYTHON) -m pytest $(PYTEST_ARGS)
+
+installcheck: bootstrap
+	@[ -n "$(DSN)" ] || { echo 'installcheck: name a running server: make installcheck DSN="host=... user=..."' >&2; exit 1; }
+	$(PYTHON) -m pytest $(PYTEST_ARGS) --dsn-of-running-server "$(DSN)"
+
+lint: bootstrap
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+format: bootstrap
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+bench: check install
+	$(PYTHON) bench/run.py $(BENCH_ARGS)
+
+demo: check install
+	$(PYTHON) build.py demo $(PG_CONFIG_ARG)
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .bootstrap.lock

@@ -1,0 +1,268 @@
+"""The one list of the extension's functions.
+
+CREATE FUNCTION (the part up to the language), REVOKE, GRANT, COMMENT, the helpers that grant and revoke, and
+the API table of the README are all rendered from here. A function's body is in functions/<name>.sql.j2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Argument(NamedTuple):
+    """An argument of an API function; `default` is the SQL expression after DEFAULT."""
+
+    name: str
+    type: str
+    default: str | None = None
+
+    @property
+    def declaration(self) -> str:
+        """The argument as CREATE FUNCTION wants it."""
+        declared = f"{self.name} {self.type}"
+        return declared if self.default is None else f"{declared} DEFAULT {self.default}"
+
+
+class Function(NamedTuple):
+    """A function that users call.
+
+    `version` is "v1", "v2" or "admin"; `role` tells whether pgbackground_role may execute it; `group` is the
+    heading under which the README's table lists it.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    returns: str
+    comment: str
+    version: str
+    group: str
+    role: bool = True
+    volatility: str = "VOLATILE"
+    strict: bool = True
+    parallel: str = "UNSAFE"
+
+    @property
+    def signature(self) -> str:
+        """Name and argument types, as GRANT and COMMENT want them."""
+        return f"{self.name}({', '.join(argument.type for argument in self.arguments)})"
+
+    @property
+    def declaration(self) -> str:
+        """Name and arguments with their names and defaults."""
+        return f"{self.name}({', '.join(argument.declaration for argument in self.arguments)})"
+
+    @property
+    def create(self) -> str:
+        """CREATE FUNCTION up to, and without, LANGUAGE."""
+        on_null = "STRICT" if self.strict else "CALLED ON NULL INPUT"
+        flags = f"{self.volatility} {on_null} PARALLEL {self.parallel}"
+        return f"CREATE FUNCTION {self.declaration}\nRETURNS {self.returns}\n{flags}"
+
+
+class Internal(NamedTuple):
+    """A function of the extension's own, whose template says CREATE FUNCTION itself.
+
+    `granted`: the API runs with its caller's rights, so what it calls must be open to pgbackground_role.
+    """
+
+    name: str
+    argument_types: tuple[str, ...]
+    comment: str
+    granted: bool = True
+
+    @property
+    def signature(self) -> str:
+        """Name and argument types, as GRANT and COMMENT want them."""
+        return f"{self.name}({', '.join(self.argument_types)})"
+
+
+_SQL = Argument("sql", "text")
+_QUEUE_SIZE = Argument("queue_size", "int4", "0")
+_PID = Argument("pid", "int4")
+_HANDLE = (_PID, Argument("cookie", "int8"))
+_PRIVILEGES = (
+    Argument("role_name", "text"),
+    Argument("include_v1", "boolean", "true"),
+    Argument("print_commands", "boolean", "false"),
+)
+
+START, READ, CONTROL, OBSERVE, V1, ADMIN = (
+    "Start work",
+    "Read results",
+    "Wait, cancel, let go",
+    "Observe",
+    "Version 1 (pid only)",
+    "Administration",
+)
+
+API: tuple[Function, ...] = (
+    Function(
+        "pg_background_launch_v2",
+        (_SQL, _QUEUE_SIZE),
+        "pg_background_handle",
+        "Starts a background worker that runs sql as one transaction, and returns its handle (pid, cookie) as"
+        " soon as the SQL has been sent. queue_size: bytes buffered for the reader, 0 for"
+        " pg_background.default_queue_size. Raises 0A000 for transaction control and COPY with the client,"
+        " 22023 for a bad queue_size, 53400 at pg_background.max_workers, 53300 when the server has no"
+        " connection left.",
+        "v2",
+        START,
+    ),
+    Function(
+        "pg_background_submit_v2",
+        (_SQL, _QUEUE_SIZE),
+        "pg_background_handle",
+        "Starts a background worker whose output is thrown away (fire and forget). Errors as"
+        " pg_background_launch_v2.",
+        "v2",
+        START,
+    ),
+    Function(
+        "pg_background_result_v2",
+        _HANDLE,
+        "SETOF record",
+        "Waits for the worker and returns the rows of its last statement, once; the call needs a column list."
+        " Without rows: one text row per command tag. Raises the worker's own error, 42804 for another column"
+        " list, 42704 for an unknown handle or results already read, 0A000 for a submitted worker, 40P01 when"
+        " the worker waits for this session.",
+        "v2",
+        READ,
+    ),
+    Function(
+        "pg_background_wait_v2",
+        _HANDLE,
+        "void",
+        "Waits until the worker's work has ended, whatever its end. Raises 42704 or 55000 for a wrong handle,"
+        " 40P01 when the worker waits for this session.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_wait_v2_timeout",
+        (*_HANDLE, Argument("timeout_ms", "int4")),
+        "bool",
+        "Waits for the worker at most timeout_ms milliseconds (0 to 86,400,000; clamped; 0 only looks). True"
+        " when it has ended, false at the timeout.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_cancel_v2",
+        _HANDLE,
+        "void",
+        "Asks the worker to stop, as pg_cancel_backend does; it stays tracked until its result is read or it"
+        " is detached.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_cancel_v2_grace",
+        (*_HANDLE, Argument("grace_ms", "int4")),
+        "void",
+        "Cancels the worker, waits up to grace_ms milliseconds (0 to 3,600,000; clamped), then terminates its"
+        " backend. Never SIGKILL.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_detach_v2",
+        _HANDLE,
+        "void",
+        "Stops tracking the worker, which goes on to its end and commits. Raises 42704 or 55000 for a wrong"
+        " handle.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_list_v2",
+        (),
+        "SETOF record",
+        "This session's tracked workers that the caller may manage: (pid int4, cookie int8, launched_at"
+        " timestamptz, user_id oid, queue_size int4, state text, sql_preview text, last_error text, consumed"
+        " bool). state: running, stopped, canceled or error.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
+        "pg_background_stats_v2",
+        (),
+        "pg_background_stats",
+        "Counts of this session's workers, their average execution time in milliseconds, and max_workers.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
+        "pg_background_progress",
+        (Argument("pct", "int4"), Argument("msg", "text", "NULL")),
+        "void",
+        "Called by a worker's own SQL: reports its progress in percent (clamped to 0..100) and a message, which"
+        " other sessions see at once. Raises 0A000 outside of a worker, 22004 for a NULL pct.",
+        "v2",
+        OBSERVE,
+        strict=False,
+    ),
+    Function(
+        "pg_background_get_progress_v2",
+        _HANDLE,
+        "pg_background_progress",
+        "What the worker last reported: (progress_pct int4, progress_msg text); NULLs where nothing was"
+        " reported or the handle is unknown.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
+        "pg_background_launch",
+        (_SQL, _QUEUE_SIZE),
+        "int4",
+        "As pg_background_launch_v2, but returns the worker's pid alone; its cookie is 0.",
+        "v1",
+        V1,
+    ),
+    Function(
+        "pg_background_result",
+        (_PID,),
+        "SETOF record",
+        "As pg_background_result_v2, without a check of the cookie.",
+        "v1",
+        V1,
+    ),
+    Function(
+        "pg_background_detach",
+        (_PID,),
+        "void",
+        "As pg_background_detach_v2, without a check of the cookie.",
+        "v1",
+        V1,
+    ),
+    Function(
+        "grant_pg_background_privileges",
+        _PRIVILEGES,
+        "boolean",
+        "Grants EXECUTE on the API to a role, with or without the version 1 functions; prints the commands if"
+        " asked. Raises 42704 for an unknown role.",
+        "admin",
+        ADMIN,
+        role=False,
+    ),
+    Function(
+        "revoke_pg_background_privileges",
+        _PRIVILEGES,
+        "boolean",
+        "Takes back what grant_pg_background_privileges gave to a role. Raises 42704 for an unknown role.",
+        "admin",
+        ADMIN,
+        role=False,
+    ),
+    Function(
+        "pg_background_drop_executor_role",
+        (),
+        "void",
+        "Revokes what the extension granted to pgbackground_role and drops that role, or says what still"
+        " depends on it (2BP01).",
+        "admin",
+        ADMIN,
+        role=False,
+    ),
+)
+
+INTERNAL: tuple[Internal, ...] = ()
