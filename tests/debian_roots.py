@@ -110,12 +110,18 @@ def roots_folder() -> Path:
 def _run(argv: Sequence[str], *, log: Path | None = None, env: Mapping[str, str] | None = None) -> str:
     """Run a command and return what it printed; RootError if it fails.
 
-    With a log, output is appended there as it comes and the return value is empty.
+    With a log, output is appended there as it comes and the return value is empty. Such a command shares the
+    lock on its root: should it outlive this process, the next one waits for it.
     """
     if log is not None:
         with log.open("a") as out:
             status = subprocess.call(
-                argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env
+                argv,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                close_fds=False,
             )
         if status:
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
@@ -218,7 +224,7 @@ class Cluster:
         try:
             pid = int((self.data / "postmaster.pid").read_text().splitlines()[0])
             runs_here = Path(f"/proc/{pid}/cwd").samefile(self.data)
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return None
         return pid if runs_here else None
 
@@ -310,6 +316,7 @@ def _locked(version: int) -> Iterator[None]:
     folder = roots_folder()
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
     with (folder / f".{version}.lock").open("w") as lock:
+        os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -334,7 +341,10 @@ def find(version: int) -> Root:
 
 
 def prepare(version: int) -> Root:
-    """Make the root of a version unless it exists, and return it. An interrupted call leaves none behind."""
+    """Make the root of a version unless it exists, and return it.
+
+    What an interrupted call leaves behind is never taken for a root; the next call removes it.
+    """
     _require_root_user()
     root = _root_at(version)
     with _locked(version):
@@ -346,7 +356,7 @@ def prepare(version: int) -> Root:
         try:
             _bootstrap(Root(version, unfinished))
             unfinished.rename(root.path)
-        except BaseException:
+        except (RootError, OSError):
             shutil.rmtree(unfinished)
             raise
     return root
@@ -385,7 +395,7 @@ def _install_packages(root: Root, log: Path) -> None:
     languages = [f"postgresql-{language}-{root.version}" for language in ("plpython3", "plperl", "pltcl")]
     packages = [f"postgresql-{root.version}", *languages, "python3", "locales"]
     options = ["-y", "--no-install-recommends", "-o", "Dpkg::Options::=--force-unsafe-io"]
-    # Outside, apt may be told to accept a frozen mirror, whose lists are past their date. Signatures are checked.
+    # A frozen mirror's lists are past their date: this machine's apt says if that may be. Signatures count.
     check_date = _apt_setting("Acquire::Check-Valid-Until") or "true"
     root.run("apt-get", "update", "-o", f"Acquire::Check-Valid-Until={check_date}", log=log)
     root.run("apt-get", "install", *options, *packages, log=log)
