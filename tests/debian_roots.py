@@ -8,7 +8,7 @@ environment variable PG_BACKGROUND_ROOTS names another one.
 
 Command line::
 
-    tests/debian_roots.py prepare 17        make the root, or reuse it
+    tests/debian_roots.py prepare 17        make the root (about a minute, 600 MB), or reuse it
     tests/debian_roots.py install 17        put this checkout's extension and psycopg into it
     tests/debian_roots.py start 17 --port 5517 --auth peer --set max_connections=300
     tests/debian_roots.py stop 17           stop that cluster and remove its files
@@ -151,6 +151,10 @@ class Root:
     def run(self, *argv: str, user: str = "0:0", log: Path | None = None) -> str:
         """Run a command inside and return what it printed; RootError if it fails."""
         return _run(self.command(argv, user=user), log=log, env=_environment())
+
+    def inside(self, path: Path) -> str:
+        """A path outside, as it is called inside."""
+        return "/" + str(path.relative_to(self.path))
 
     def server_program(self, name: str) -> str:
         """The path, inside, of one of PostgreSQL's programs."""
@@ -447,8 +451,7 @@ def install(version: int) -> None:
     with _locked(version):
         share = root.share_folder()
         _install_extension(share / "extension")
-        python = root.python_version()
-        _install_psycopg(share / "pg_background" / f"python{python}", python)
+        _install_psycopg(root, share / "pg_background")
 
 
 def _install_extension(folder: Path) -> None:
@@ -462,13 +465,15 @@ def _install_extension(folder: Path) -> None:
         _say(f"installed {folder / file.name}")
 
 
-def _install_psycopg(folder: Path, python: str) -> None:
-    """Install psycopg for another version of Python than the one that runs here."""
+def _install_psycopg(root: Root, parent: Path) -> None:
+    """Install psycopg for the root's Python, which is another version than the one that runs here."""
+    python = root.python_version()
+    folder = parent / f"python{python}"
     if folder.is_dir():
         _say(f"kept {folder}")
         return
-    folder.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".psycopg.", dir=folder.parent) as scratch:
+    parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".psycopg.", dir=parent) as scratch:
         unfinished = Path(scratch) / folder.name
         _run(
             [
@@ -478,8 +483,15 @@ def _install_psycopg(folder: Path, python: str) -> None:
                 *("--target", str(unfinished), _PSYCOPG),
             ]
         )
+        _compile(root, unfinished, folder)
         unfinished.rename(folder)
     _say(f"installed {', '.join(sorted(item.name for item in folder.glob('*.dist-info')))} in {folder}")
+
+
+def _compile(root: Root, unfinished: Path, folder: Path) -> None:
+    """Compile modules for the place they will be moved to: the server itself may not write there."""
+    built_in, used_in = root.inside(unfinished), root.inside(folder)
+    root.run("python3", "-m", "compileall", "-q", "-s", built_in, "-p", used_in, built_in)
 
 
 # --- clusters -------------------------------------------------------------------------------------
@@ -522,10 +534,6 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _inside(cluster: Cluster, path: Path) -> str:
-    return "/" + str(path.relative_to(cluster.root.path))
-
-
 def _as_postgres(cluster: Cluster, program: str, *argv: str) -> str:
     uid, gid = cluster.root.postgres_ids()
     return cluster.root.run(cluster.root.server_program(program), *argv, user=f"{uid}:{gid}")
@@ -537,7 +545,7 @@ def _initdb(cluster: Cluster, encoding: str, locale: str) -> None:
     cluster.socket_folder.mkdir(mode=0o755)
     for path in (cluster.folder, cluster.socket_folder):
         os.chown(path, uid, gid)
-    options = ["--pgdata", _inside(cluster, cluster.data), "--username=postgres", "--no-sync"]
+    options = ["--pgdata", cluster.root.inside(cluster.data), "--username=postgres", "--no-sync"]
     options += ["--no-instructions", f"--encoding={encoding}", f"--locale={locale}"]
     if cluster.password is None:
         _as_postgres(cluster, "initdb", *options, "--auth=trust")
@@ -547,7 +555,7 @@ def _initdb(cluster: Cluster, encoding: str, locale: str) -> None:
     os.chown(password_file, uid, gid)
     password_file.write_text(cluster.password + "\n")
     options += ["--auth-local=peer", "--auth-host=scram-sha-256"]
-    options += [f"--pwfile={_inside(cluster, password_file)}"]
+    options += [f"--pwfile={cluster.root.inside(password_file)}"]
     _as_postgres(cluster, "initdb", *options)
     password_file.unlink()
     (cluster.data / "pg_hba.conf").write_text(_PEER_HBA)
@@ -557,7 +565,7 @@ def _configure(cluster: Cluster, settings: Mapping[str, str]) -> None:
     chosen = {
         "port": str(cluster.port),
         "listen_addresses": "127.0.0.1",
-        "unix_socket_directories": _inside(cluster, cluster.socket_folder),
+        "unix_socket_directories": cluster.root.inside(cluster.socket_folder),
         "fsync": "off",
         "full_page_writes": "off",
         **settings,
@@ -569,7 +577,7 @@ def _configure(cluster: Cluster, settings: Mapping[str, str]) -> None:
 
 
 def _start_server(cluster: Cluster) -> None:
-    options = ["--pgdata", _inside(cluster, cluster.data), "--log", _inside(cluster, cluster.log)]
+    options = ["--pgdata", cluster.root.inside(cluster.data), "--log", cluster.root.inside(cluster.log)]
     try:
         _as_postgres(cluster, "pg_ctl", "start", *options, "--wait", "--timeout", str(_START_LIMIT_S))
     except RootError as error:
@@ -584,7 +592,7 @@ def stop(cluster: Cluster) -> None:
 
 
 def _remove(cluster: Cluster) -> None:
-    options = ["--pgdata", _inside(cluster, cluster.data), "--wait", "--timeout", str(_STOP_LIMIT_S)]
+    options = ["--pgdata", cluster.root.inside(cluster.data), "--wait", "--timeout", str(_STOP_LIMIT_S)]
     if cluster.postmaster_pid() is not None:
         try:
             _as_postgres(cluster, "pg_ctl", "stop", *options, "--mode", "fast")
