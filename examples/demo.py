@@ -10,6 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import psycopg
@@ -189,7 +190,8 @@ def _error(session: Session) -> None:
 
 def _tour(server: ScratchServer, password: str) -> None:
     conninfo = f"host=127.0.0.1 port={server.port} dbname=postgres user=alice password={password}"
-    with psycopg.connect(conninfo, autocommit=True, application_name="demo") as connection:
+    # closing, as the connection's own context would roll back, which an interrupted query does not let it.
+    with closing(psycopg.connect(conninfo, autocommit=True, application_name="demo")) as connection:
         session = Session(connection)
         for step in (_generate, _count, _audit, _vacuum, _error):
             step(session)
