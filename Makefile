@@ -57,4 +57,4 @@ clean:
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf .venv .bootstrap.lock
+	rm -rf .venv .bootstrap.lock .bootstrap.log

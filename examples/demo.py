@@ -198,7 +198,7 @@ def _tour(server: ScratchServer, password: str) -> None:
 
 
 def main(pg_config: Path) -> int:
-    """Run the demo with the server of this pg_config; 130 when interrupted."""
+    """Run the demo with the server of this pg_config; 1 after a failure, 130 when interrupted."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     password = secrets.token_urlsafe(16)
     try:
@@ -212,4 +212,7 @@ def main(pg_config: Path) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the scratch server is stopped and removed", file=sys.stderr)
         return 130
+    except (RuntimeError, psycopg.Error) as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -99,7 +99,11 @@ install_packages() {
     say "installs$packages (and what they need; running clusters are not restarted)"
     forbid_clusters
     # shellcheck disable=SC2086 # a list of words
-    as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends $packages >/dev/null
+    if ! as_root env DEBIAN_FRONTEND=noninteractive \
+            apt-get install -qq -y --no-install-recommends $packages >.bootstrap.log 2>&1; then
+        cat .bootstrap.log >&2
+        die "apt-get install failed, as shown above"
+    fi
     cleanup
 }
 
