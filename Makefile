@@ -41,6 +41,7 @@ lint: bootstrap
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+	$(PYTHON) -m mypy --python-version 3.9 plpy/pg_background
 
 format: bootstrap
 	$(PYTHON) -m ruff check --fix .
