@@ -121,7 +121,10 @@ def _long(integer: re.Match[str]) -> int | None:
 
 
 def _double(decimal: re.Match[str]) -> float | None:
-    """What strtod returns, or None where it sets ERANGE: on overflow, and on underflow too."""
+    """What strtod returns, or None where it sets ERANGE: on overflow, and on underflow too.
+
+    One known difference: a hexadecimal fraction below 2^-1022 without a rounding error is 0 to the server.
+    """
     text = decimal.group().strip(_SPACE)
     if decimal["hex"]:
         try:
