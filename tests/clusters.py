@@ -39,6 +39,7 @@ _T = TypeVar("_T")
 _SOCKET_DIR_MAX = 80  # a socket's path must stay below 107 bytes, its name included
 PORTS = (20000, 32000)  # below the range from which the kernel gives clients their ports
 _START_ATTEMPTS = 3
+_STOP_SECONDS = "20"
 _DROP_DATABASE_SECONDS = 10
 _LEAK_SECONDS = 5
 _CRASH = re.compile(r"was terminated by signal|PANIC:|TRAP:")
@@ -321,7 +322,7 @@ class Cluster:
     def stop(self, mode: str = "fast") -> None:
         """Stops the server; `mode` is pg_ctl's: smart, fast or immediate."""
         executor = self._local()
-        command = [executor.executable, "stop", "-w", "-D", executor.datadir, "-m", mode]
+        command = [executor.executable, "stop", "-w", "-t", _STOP_SECONDS, "-D", executor.datadir, "-m", mode]
         stopped = subprocess.run(command, capture_output=True, text=True, check=False)
         assert stopped.returncode == 0, f"{stopped.stdout}{stopped.stderr}{server_log(self)[-4000:]}"
         self._forget_pg_ctl()
@@ -349,15 +350,22 @@ class Cluster:
         """Lets the executor start again: it keeps the pg_ctl that it started before."""
         super(PostgreSQLExecutor, self._local()).stop()
 
-    def close(self) -> None:
-        """Ends what the suite brought: the whole server, or on a running one the template database."""
+    def close(self, mode: str = "fast") -> None:
+        """Ends what the suite brought: the whole server, or on a running one the template database.
+
+        A server that does not obey `mode` is ended by an immediate shutdown, and the call fails.
+        """
         if self.executor is None:
             if self._template is not None:
                 self.drop_database(self._template)
             return
-        if self.executor.running():
-            self.stop("fast")
-        shutil.rmtree(self.datadir.parent)
+        try:
+            if self.executor.running():
+                self.stop(mode)
+        finally:
+            if self.executor.running():
+                self.stop("immediate")
+            shutil.rmtree(self.datadir.parent)
 
     # -- connections and databases --
 

@@ -48,7 +48,7 @@ RunInner = Callable[[str, "Cluster | None"], "RunResult"]
 @pytest.fixture
 def run_inner(pytester: Pytester, monkeypatch: pytest.MonkeyPatch) -> RunInner:
     """Runs a test module under this harness in a process of its own, on a running server or on none."""
-    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT))
+    monkeypatch.setenv("PYTHONPATH", str(CHECKOUT), prepend=os.pathsep)
 
     def run(code: str, cluster: Cluster | None) -> RunResult:
         pytester.makepyfile(code)
@@ -187,6 +187,7 @@ def test_role_names_of_any_kind(connect: Connect, role: NewRole, conn: Session, 
     assert connect(someone).value("SELECT session_user::text") == someone
 
 
+@pytest.mark.setups("trust")
 def test_role_is_dropped_with_what_it_owns(cluster: Cluster, conn: Session, run_inner: RunInner) -> None:
     left = "SELECT count(*) FROM pg_catalog.pg_roles WHERE rolname LIKE 'dropme%'"
     outcome = run_inner(
@@ -244,6 +245,7 @@ def test_supervisor_and_other_databases_are_no_leak(
     check_no_worker_left(cluster, database, timeout=0)
 
 
+@pytest.mark.setups("trust")
 def test_leak_fails_the_test_that_leaks_and_only_that(cluster: Cluster, run_inner: RunInner) -> None:
     outcome = run_inner(
         """
@@ -259,6 +261,7 @@ def test_leak_fails_the_test_that_leaks_and_only_that(cluster: Cluster, run_inne
     outcome.stdout.fnmatch_lines(["*ERROR at teardown of test_leaks*", "*worker sessions*are left*"])
 
 
+@pytest.mark.setups("trust")
 def test_running_server_is_used_and_local_tests_are_skipped(cluster: Cluster, run_inner: RunInner) -> None:
     outcome = run_inner(
         f"""
@@ -279,6 +282,7 @@ def test_running_server_is_used_and_local_tests_are_skipped(cluster: Cluster, ru
     outcome.assert_outcomes(passed=2, skipped=2)
 
 
+@pytest.mark.setups("trust")
 def test_without_the_extension_it_says_what_to_do(cluster: Cluster, run_inner: RunInner) -> None:
     outcome = run_inner(
         """
@@ -339,6 +343,19 @@ def test_taken_port_is_swapped_for_another(
         monkeypatch.setattr("tests.clusters.get_port", lambda _: ports.pop(0))
         start_cluster()
     assert ports == []
+
+
+@pytest.mark.local_server
+def test_server_that_does_not_stop_fails_and_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.clusters._STOP_SECONDS", "1")
+    stuck = Cluster.start_new("trust")
+    with stuck.connect() as session:
+        os.kill(session.pid, signal.SIGSTOP)
+        with pytest.raises(AssertionError, match="server does not shut down"):
+            stuck.stop()
+        os.kill(session.pid, signal.SIGCONT)
+    stuck.close()
+    assert not stuck.datadir.parent.exists()
 
 
 def test_crash_of_a_backend_is_noticed(start_cluster: Callable[..., Cluster]) -> None:
