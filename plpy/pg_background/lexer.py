@@ -162,7 +162,7 @@ def _tokens(sql: str, standard_conforming_strings: bool) -> Iterator[tuple[str, 
     (or behind it, white space between).
 
     A doubled quote inside a literal shows as two literals side by side: where it ends is what counts.
-    Numbers and parameters are read as PostgreSQL 14 and 15 do: later servers refuse what would differ.
+    Numbers and parameters are read as PostgreSQL 14 does: later servers refuse what would differ (1e-, 1a).
     """
     match = (_STANDARD_TOKEN if standard_conforming_strings else _BACKSLASH_TOKEN).match
     position = 0

@@ -1,0 +1,89 @@
+"""What a worker has said and nobody has read yet: in memory up to a bound, past it in a temporary file."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections import deque
+from typing import IO, NamedTuple, Optional, Union
+
+from .errors import Report
+
+# A temporary file goes where the server keeps its own.
+_FOLDER = os.path.join("base", "pgsql_tmp")
+
+
+class Rows(NamedTuple):
+    """A batch of rows, column by column, each column one literal that the server can unnest."""
+
+    columns: tuple[bytes, ...]
+
+    def size(self) -> int:
+        """Bytes, about."""
+        return sum(map(len, self.columns))
+
+
+Item = Union[Rows, Report]
+
+_REPORT_BYTES = 200
+
+
+def _size(item: Item) -> int:
+    return item.size() if isinstance(item, Rows) else _REPORT_BYTES + len(item.message)
+
+
+class Backlog:
+    """A queue of rows and notices, in order."""
+
+    def __init__(self) -> None:
+        self._memory: deque[Item] = deque()
+        self._file: Optional[IO[bytes]] = None
+        self._read_at = 0
+        self._in_file = 0
+        self.bytes_in_memory = 0
+
+    def append(self, item: Item, memory_limit: int) -> None:
+        """Add an item at the end; in the file when memory holds memory_limit bytes, or others went there."""
+        if self._in_file or self.bytes_in_memory >= memory_limit:
+            self._spill(item)
+        else:
+            self._memory.append(item)
+            self.bytes_in_memory += _size(item)
+
+    def popleft(self) -> Optional[Item]:
+        """Take the oldest item; None when there is none."""
+        if self._memory:
+            item = self._memory.popleft()
+            self.bytes_in_memory -= _size(item)
+            return item
+        return self._unspill() if self._in_file else None
+
+    def __bool__(self) -> bool:
+        return bool(self._memory or self._in_file)
+
+    def clear(self) -> None:
+        """Forget everything, the file included."""
+        self._memory.clear()
+        self.bytes_in_memory = self._in_file = self._read_at = 0
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _spill(self, item: Item) -> None:
+        if self._file is None:
+            os.makedirs(_FOLDER, mode=0o700, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=_FOLDER)  # noqa: SIM115 - lives as long as the backlog
+        self._file.seek(0, os.SEEK_END)
+        pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
+        self._in_file += 1
+
+    def _unspill(self) -> Item:
+        assert self._file is not None
+        self._file.seek(self._read_at)
+        item: Item = pickle.load(self._file)  # noqa: S301 - our own file, which nobody else can open
+        self._read_at = self._file.tell()
+        self._in_file -= 1
+        if not self._in_file:
+            self.clear()
+        return item

@@ -1,0 +1,84 @@
+"""Brings the runtime into a session: an importer for the modules that the extension carries as SQL functions.
+
+The functions' stubs fetch and run this module's source; it imports nothing of the package at its top.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any, Optional
+
+_PACKAGE = "pg_background"
+_FUNCTION_PREFIX = "_pg_background_module_"
+_QUOTE = "$" + "module$"  # in two parts: the install script quotes this very text with it
+
+# Sources run as the server's operating system user. They come from members of the extension, found by pg_depend,
+# that a superuser owns; a function of the same name, whoever made it and wherever, is none.
+_SOURCE_QUERY = """
+SELECT p.prosrc AS body
+FROM pg_catalog.pg_extension e
+JOIN pg_catalog.pg_depend d
+  ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
+ AND d.refobjid OPERATOR(pg_catalog.=) e.oid
+ AND d.deptype OPERATOR(pg_catalog.=) 'e'
+ AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid
+JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.objid
+JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) p.proowner AND r.rolsuper
+WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
+  AND p.proname::pg_catalog.text OPERATOR(pg_catalog.=) $1
+"""
+
+
+class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds pg_background and its modules in the database, and compiles each when it is first imported."""
+
+    def __init__(self, plpy: Any) -> None:
+        self._plpy = plpy
+
+    def find_spec(
+        self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
+    ) -> Optional[importlib.machinery.ModuleSpec]:
+        """The spec of a module of this package; None for any other."""
+        if fullname != _PACKAGE and not fullname.startswith(_PACKAGE + "."):
+            return None
+        return importlib.machinery.ModuleSpec(
+            fullname, self, origin=f"<{fullname}>", is_package=fullname == _PACKAGE
+        )
+
+    def get_source(self, fullname: str) -> str:
+        """A module's source, as the install script carries it."""
+        module = "__init__" if fullname == _PACKAGE else fullname[len(_PACKAGE) + 1 :]
+        plan = self._plpy.prepare(_SOURCE_QUERY, ["pg_catalog.text"])
+        found = self._plpy.execute(plan, [_FUNCTION_PREFIX + module])
+        if len(found) != 1:
+            raise ImportError(f"the extension pg_background has no module {module}", name=fullname)
+        return str(found[0]["body"].split(_QUOTE)[1])
+
+    def get_code(self, fullname: str) -> Any:
+        """The compiled module; tracebacks name it and its line."""
+        return compile(self.get_source(fullname), f"<{fullname}>", "exec", dont_inherit=True)
+
+    def is_package(self, fullname: str) -> bool:
+        """True for the package itself."""
+        return fullname == _PACKAGE
+
+
+def load(plpy: Any, gd: dict[str, Any], key: str) -> Any:
+    """The session's runtime, newly imported and kept in GD under `key`, which names version and sources.
+
+    A runtime of other sources (before ALTER EXTENSION UPDATE, say) lets its workers go on to their ends first.
+    """
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _Importer.__name__]
+    for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(_PACKAGE + ".")]:
+        del sys.modules[name]
+    for old in [name for name in gd if name.startswith(_PACKAGE + " ")]:
+        gd.pop(old).retire()
+    sys.meta_path.insert(0, _Importer(plpy))
+    calls = importlib.import_module(_PACKAGE + ".calls")
+    gd[key] = runtime = calls.Runtime(plpy, gd.setdefault("memory of " + _PACKAGE, {}))
+    return runtime

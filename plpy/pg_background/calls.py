@@ -1,0 +1,261 @@
+"""What the SQL functions call: each method of Runtime stands behind the internal function of its name.
+
+A method returns text: its value, or "!" and an error report as JSON. `_pg_background_checked` raises the latter from
+PL/pgSQL, so that no traceback of Python's shows; see docs/architecture.md, "Errors".
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import time
+from collections.abc import Iterator
+from typing import Any, Callable, Optional, TypeVar
+
+from . import lexer, settings
+from .backlog import Rows
+from .errors import (
+    FEATURE_NOT_SUPPORTED,
+    INSUFFICIENT_RESOURCES,
+    UNDEFINED_OBJECT,
+    BackgroundError,
+    Report,
+    background_error,
+)
+from .registry import Registry
+from .results import rows_query
+from .server import Server
+from .worker import Job, State, Worker
+
+_PREVIEW_CHARACTERS = 120
+_LAST_ERROR_CHARACTERS = 512
+_MAX_TIMEOUT_MS = 86_400_000
+
+Method = TypeVar("Method", bound=Callable[..., str])
+
+
+def _reply(method: Method) -> Method:
+    """Turn what a method raises for the user into its reply."""
+
+    @functools.wraps(method)
+    def replying(self: Runtime, *arguments: Any) -> str:
+        try:
+            return method(self, *arguments)
+        except Exception as error:
+            return "!" + self.report_of(error).to_json()
+
+    return replying  # type: ignore[return-value]
+
+
+class Runtime:
+    """The extension in one session."""
+
+    def __init__(self, plpy: Any, memory: dict[str, Any]) -> None:
+        settings.define(memory)
+        self._server = Server(plpy)
+        self._registry = Registry(self._server)
+        self._reading: dict[int, Reading] = {}
+
+    def retire(self) -> None:
+        """Let all workers go on to their ends; another runtime takes over."""
+        for worker in list(self._registry.all()):
+            self._registry.release(worker)
+
+    def report_of(self, error: Exception) -> Report:
+        """The report for an exception that the user is to see; re-raises what is a defect of ours."""
+        if isinstance(error, BackgroundError):
+            return error.report
+        report = self._server.report_of(error)
+        if report is not None:
+            return report
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return Report(
+                INSUFFICIENT_RESOURCES,
+                "out of file descriptors for background workers",
+                hint="Release workers, or raise the server's limit on open files (ulimit -n, LimitNOFILE).",
+            )
+        raise error
+
+    # --- starting ---
+
+    @_reply
+    def launch(self, sql: str, queue_size: int) -> str:
+        """A handle, as the text of a pg_background_handle."""
+        worker = self._launch(sql, queue_size)
+        return f"({worker.pid},{worker.cookie})"
+
+    @_reply
+    def launch_v1(self, sql: str, queue_size: int) -> str:
+        """A pid."""
+        return str(self._launch(sql, queue_size, with_cookie=False).pid)
+
+    def _launch(self, sql: str, queue_size: int, *, with_cookie: bool = True) -> Worker:
+        server = self._server
+        queue_bytes = settings.queue_bytes(server, queue_size)
+        max_workers = settings.value(server, settings.MAX_WORKERS)
+        command = lexer.forbidden(sql, server.setting("standard_conforming_strings") == "on")
+        if command is not None:
+            raise background_error(
+                FEATURE_NOT_SUPPORTED,
+                f"a background worker cannot run {command}",
+                detail="Its SQL runs as one implicit transaction, without a client of its own.",
+                hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
+            )
+        return self._registry.launch(Job(sql, queue_bytes), max_workers, with_cookie=with_cookie)
+
+    # --- reading ---
+
+    @_reply
+    def open_result(self, pid: int, cookie: Optional[int]) -> str:
+        """Wait for the first rows; the query that delivers them, which calls `batches`."""
+        worker = self._registry.find_for_result(pid, cookie)
+        if worker.job.submitted:
+            raise background_error(
+                FEATURE_NOT_SUPPORTED,
+                f"the background worker with PID {pid} was submitted, it keeps no results",
+                hint="Use pg_background_launch_v2 where results are wanted.",
+            )
+        if worker.consumed:
+            raise background_error(UNDEFINED_OBJECT, f"the results of the background worker with PID {pid} are being read")
+        worker.wait_for_rows()
+        if worker.error is not None and not worker.backlog:
+            worker.wait(None)
+        if worker.ended and not worker.backlog and worker.error is not None:
+            self._finish(worker)
+            raise BackgroundError(worker.error)
+        return self._rows_query(worker)
+
+    def _rows_query(self, worker: Worker) -> str:
+        """Types of the job's own making show only after its commit."""
+        columns = worker.columns or ()
+        names = self._registry.type_names.of(columns)
+        if names is None:
+            worker.wait(None)
+            names = self._registry.type_names.of(columns)
+        if names is None:
+            raise background_error(
+                UNDEFINED_OBJECT,
+                f"a type in the result of the background worker with PID {worker.pid} does not exist any more",
+            )
+        encoding = self._server.encoding
+        return rows_query(columns, names, f"{{schema}}._pg_background_batches({worker.pid})", encoding)
+
+    def batches(self, pid: int) -> Iterator[list[bytes]]:
+        """The rows of an opened result, a batch at a time, each a literal for every column."""
+        worker = self._registry.find(pid, None)
+        worker.consumed = True
+        reading = self._reading[pid] = Reading(worker)
+        try:
+            yield from self._relayed_batches(reading)
+        finally:
+            if not reading.finished:
+                self._reading.pop(pid, None)
+                self._registry.release(worker)
+
+    def _relayed_batches(self, reading: Reading) -> Iterator[list[bytes]]:
+        """Errors, a cancel among them, are kept for close_result: raised in here, they would show a traceback."""
+        worker = reading.worker
+        try:
+            while True:
+                item = worker.next_item()
+                if item is None:
+                    break
+                if isinstance(item, Rows):
+                    yield list(item.columns)
+                else:
+                    self._server.relay(item)
+            worker.check_output_settings()
+            reading.error = worker.error
+            reading.finished = True
+        except GeneratorExit:
+            raise
+        except Exception as error:
+            reading.error = self.report_of(error)
+            reading.finished = True
+
+    @_reply
+    def close_result(self, pid: int) -> str:
+        """Let the worker go after its rows were read; its error, if it had one."""
+        reading = self._reading.pop(pid)
+        self._registry.release(reading.worker)
+        if reading.error is not None:
+            raise BackgroundError(reading.error)
+        return ""
+
+    def _finish(self, worker: Worker) -> None:
+        """Relay what a worker without rows has said, and let it go."""
+        worker.consumed = True
+        for item in iter(worker.backlog.popleft, None):
+            if isinstance(item, Report):
+                self._server.relay(item)
+        self._registry.release(worker)
+
+    # --- waiting and letting go ---
+
+    @_reply
+    def wait(self, pid: int, cookie: Optional[int], timeout_ms: Optional[int]) -> str:
+        """"true" when the work has ended, "false" at the timeout."""
+        deadline = None if timeout_ms is None else time.monotonic() + _clamp(timeout_ms, _MAX_TIMEOUT_MS) / 1000
+        worker = self._registry.find(pid, cookie)
+        ended = worker.wait(deadline)
+        self._registry.count_end(worker)
+        return "true" if ended else "false"
+
+    @_reply
+    def detach(self, pid: int, cookie: Optional[int]) -> str:
+        """Stop tracking; the worker goes on."""
+        self._registry.release(self._registry.find(pid, cookie))
+        return ""
+
+    # --- observing ---
+
+    @_reply
+    def list_workers(self) -> str:
+        """A JSON array of the tracked workers that the caller may manage."""
+        rows = [
+            {
+                "pid": worker.pid,
+                "cookie": worker.cookie,
+                "launched_at": worker.launched_at.isoformat(),
+                "user_id": worker.role_oid,
+                "queue_size": worker.job.queue_size,
+                "state": worker.state.value,
+                "sql_preview": worker.job.sql[:_PREVIEW_CHARACTERS],
+                "last_error": worker.error.message[:_LAST_ERROR_CHARACTERS] if worker.error and worker.ended else None,
+                "consumed": worker.consumed,
+            }
+            for worker in self._registry.all()
+            if self._registry.may_manage(worker.role_oid)
+        ]
+        return json.dumps(rows)
+
+    @_reply
+    def stats(self) -> str:
+        """A JSON object with this session's counts."""
+        registry = self._registry
+        active = sum(1 for worker in registry.all() if not worker.ended)
+        return json.dumps(
+            {
+                "workers_launched": registry.launched,
+                "workers_completed": registry.counts[State.STOPPED],
+                "workers_failed": registry.counts[State.ERROR],
+                "workers_canceled": registry.counts[State.CANCELED],
+                "workers_active": active,
+                "avg_execution_ms": registry.average_ms(),
+                "max_workers": settings.value(self._server, settings.MAX_WORKERS),
+            }
+        )
+
+
+class Reading:
+    """A result that is being read."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.error: Optional[Report] = None
+        self.finished = False
+
+
+def _clamp(timeout_ms: int, high: int) -> int:
+    return max(0, min(high, timeout_ms))

@@ -1,0 +1,65 @@
+"""What goes wrong, as PostgreSQL reports it: SQLSTATE, message, detail, hint and the names of objects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Optional
+
+# The SQLSTATEs that the extension raises by itself (PostgreSQL's appendix "Error Codes").
+CONNECTION_FAILURE = "08006"
+UNABLE_TO_CONNECT = "08001"
+FEATURE_NOT_SUPPORTED = "0A000"
+INVALID_PARAMETER_VALUE = "22023"
+NULL_VALUE_NOT_ALLOWED = "22004"
+INSUFFICIENT_PRIVILEGE = "42501"
+SYNTAX_ERROR = "42601"
+UNDEFINED_OBJECT = "42704"
+DATATYPE_MISMATCH = "42804"
+INSUFFICIENT_RESOURCES = "53000"
+TOO_MANY_CONNECTIONS = "53300"
+CONFIGURATION_LIMIT_EXCEEDED = "53400"
+OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
+QUERY_CANCELED = "57014"
+DEADLOCK_DETECTED = "40P01"
+INTERNAL_ERROR = "XX000"
+
+
+@dataclass(frozen=True)
+class Report:
+    """An error or notice with the fields of PostgreSQL's protocol; an absent field is None.
+
+    `worker_pid` is set for what a worker reported: it then says so in the context that users see.
+    """
+
+    sqlstate: str
+    message: str
+    detail: Optional[str] = None
+    hint: Optional[str] = None
+    context: Optional[str] = None
+    schema_name: Optional[str] = None
+    table_name: Optional[str] = None
+    column_name: Optional[str] = None
+    datatype_name: Optional[str] = None
+    constraint_name: Optional[str] = None
+    severity: str = "ERROR"
+    worker_pid: Optional[int] = None
+
+    def to_json(self) -> str:
+        """The fields that are there, as a JSON object."""
+        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+
+
+class BackgroundError(Exception):
+    """An error that the caller of an API function gets to see."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.message)
+        self.report = report
+
+
+def background_error(
+    sqlstate: str, message: str, *, detail: str | None = None, hint: str | None = None
+) -> BackgroundError:
+    """A BackgroundError of the extension's own."""
+    return BackgroundError(Report(sqlstate, message, detail, hint))

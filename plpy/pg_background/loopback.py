@@ -1,0 +1,201 @@
+"""Logs a worker session in over the server's own unix socket.
+
+libpq comes with psycopg (psycopg.pq); it must not bind to a libpq that the server has loaded already, for
+dblink, say, which may be years older.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import os
+import pwd
+import sys
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from .errors import INSUFFICIENT_RESOURCES, TOO_MANY_CONNECTIONS, UNABLE_TO_CONNECT, background_error
+from .server import READABLE, WRITABLE, Server
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from psycopg.pq.abc import PGconn
+
+APPLICATION_NAME = "pg_background"
+_CONNECT_TIMEOUT_S = 60
+_MAX_PATH_BYTES = 1024
+
+
+class Login(NamedTuple):
+    """A role that this operating system user may be let in as."""
+
+    oid: int
+    name: str
+    settings: tuple[str, ...]  # "name=value", from ALTER ROLE and ALTER DATABASE
+
+
+def import_pq() -> ModuleType:
+    """psycopg.pq, from sys.path or from beside the extension, bound to its own libpq."""
+    folder = _bundled_folder()
+    if folder not in sys.path:
+        sys.path.append(folder)
+    flags = sys.getdlopenflags()
+    sys.setdlopenflags(os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
+    try:
+        from psycopg import pq
+    except ImportError as error:
+        raise background_error(
+            "58P01",
+            "the Python package psycopg is not installed for the server's Python",
+            detail=f"{error}. Looked in sys.path, which ends with {folder}.",
+            hint="Run \"python3 build.py install\", which puts psycopg beside the extension.",
+        ) from error
+    finally:
+        sys.setdlopenflags(flags)
+    return pq
+
+
+def _bundled_folder() -> str:
+    """Where `build.py install` puts psycopg: SHAREDIR/pg_background/python3.X."""
+    server = ctypes.PyDLL(None)
+    executable = (ctypes.c_char * _MAX_PATH_BYTES).in_dll(server, "my_exec_path").value
+    share = ctypes.create_string_buffer(_MAX_PATH_BYTES)
+    server.get_share_path(executable, share)
+    return os.path.join(os.fsdecode(share.value), "pg_background", "python%d.%d" % sys.version_info[:2])
+
+
+class Loopback:
+    """Connections from this backend to its own server."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._pq = import_pq()
+
+    def logins(self) -> list[Login]:
+        """The superusers to log in as, the likelier one first; never empty."""
+        os_user = pwd.getpwuid(os.geteuid()).pw_name
+        rows = self._server.query(
+            "SELECT r.oid, r.rolname::pg_catalog.text AS name, ARRAY("
+            "  SELECT pg_catalog.unnest(s.setconfig) FROM pg_catalog.pg_db_role_setting s"
+            "  WHERE (s.setrole OPERATOR(pg_catalog.=) 0::pg_catalog.oid OR s.setrole OPERATOR(pg_catalog.=) r.oid)"
+            "  AND (s.setdatabase OPERATOR(pg_catalog.=) 0::pg_catalog.oid"
+            "       OR s.setdatabase OPERATOR(pg_catalog.=) $2)) AS settings"
+            " FROM pg_catalog.pg_roles r"
+            " WHERE r.rolsuper AND r.rolcanlogin"
+            " AND (r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) $1"
+            "      OR r.oid OPERATOR(pg_catalog.=) 10::pg_catalog.oid)"
+            " ORDER BY (r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) $1) DESC",
+            ["pg_catalog.text", "pg_catalog.oid"],
+            [os_user, self._server.database_oid],
+        )
+        if not rows:
+            raise background_error(
+                UNABLE_TO_CONNECT,
+                "no superuser can log in for a background worker",
+                detail=f'There is no superuser role "{os_user}", and the bootstrap superuser cannot log in.',
+                hint=f'CREATE ROLE "{os_user}" SUPERUSER LOGIN;',
+            )
+        return [Login(int(row["oid"]), row["name"], tuple(row["settings"])) for row in rows]
+
+    def connect(self, login: Login, options: bytes) -> PGconn:
+        """A connection as that role, not blocking. 08001 when the server does not let it in, 53300 when full."""
+        if not self._server.has_free_slots(1):
+            raise _too_many_connections()
+        deadline = time.monotonic() + _CONNECT_TIMEOUT_S
+        connection = self._pq.PGconn.connect_start(self._conninfo(login, options))
+        try:
+            self._finish_connecting(connection, deadline)
+        except OSError as error:
+            connection.finish()
+            raise _out_of_descriptors() from error
+        except BaseException:
+            connection.finish()
+            raise
+        if connection.status != self._pq.ConnStatus.OK:
+            message = self._server.decode(connection.error_message)
+            connection.finish()
+            raise self._refused(login, message.strip())
+        connection.nonblocking = 1
+        return connection
+
+    def _finish_connecting(self, connection: PGconn, deadline: float) -> None:
+        polling = self._pq.PollingStatus
+        state = polling.WRITING
+        while state not in (polling.OK, polling.FAILED):
+            if connection.status == self._pq.ConnStatus.BAD:
+                return
+            events = WRITABLE if state == polling.WRITING else READABLE
+            if not self._server.wait_for(((connection.socket, events),), deadline):
+                raise background_error(
+                    UNABLE_TO_CONNECT,
+                    f"the server did not let a background worker in within {_CONNECT_TIMEOUT_S} s",
+                    hint="Something may hold a lock on pg_authid or pg_database: see pg_locks.",
+                )
+            state = connection.connect_poll()
+
+    def _conninfo(self, login: Login, options: bytes) -> bytes:
+        """Every parameter that an environment variable of the server could bend is given."""
+        parameters = {
+            b"host": self._socket_folder(),
+            b"port": self._server.required_setting("port").encode(),
+            b"dbname": self._server.encode(self._database_name()),
+            b"user": self._server.encode(login.name),
+            b"options": options,
+            b"application_name": APPLICATION_NAME.encode(),
+            b"client_encoding": self._server.encoding.encode(),
+            b"gssencmode": b"disable",
+            b"sslmode": b"disable",
+            b"passfile": b"/dev/null",
+            b"target_session_attrs": b"any",
+            b"connect_timeout": b"0",
+        }
+        return b" ".join(name + b"=" + _quote_parameter(value) for name, value in parameters.items())
+
+    def _socket_folder(self) -> bytes:
+        folders = self._server.required_setting("unix_socket_directories")
+        for folder in next(csv.reader([folders], skipinitialspace=True), []):
+            if folder.strip():
+                return os.path.abspath(folder.strip()).encode() if folder[0] != "@" else folder.encode()
+        raise background_error(
+            UNABLE_TO_CONNECT,
+            "a background worker cannot log in: the server has no unix socket",
+            hint="Set unix_socket_directories and restart the server.",
+        )
+
+    def _database_name(self) -> str:
+        return str(
+            self._server.query("SELECT pg_catalog.current_database()::pg_catalog.text AS name")[0]["name"]
+        )
+
+    def _refused(self, login: Login, message: str) -> Exception:
+        if not self._server.has_free_slots(1):
+            return _too_many_connections(message)
+        return background_error(
+            UNABLE_TO_CONNECT,
+            f'a background worker could not log in as "{login.name}" over the unix socket',
+            detail=f"The server answered: {message}",
+            hint=f'Add "local all {login.name} peer" to the top of pg_hba.conf, then run'
+            " SELECT pg_reload_conf().",
+        )
+
+
+def _quote_parameter(value: bytes) -> bytes:
+    return b"'" + value.replace(b"\\", b"\\\\").replace(b"'", b"\\'") + b"'"
+
+
+def _too_many_connections(message: str | None = None) -> Exception:
+    return background_error(
+        TOO_MANY_CONNECTIONS,
+        "no connection is left for a background worker",
+        detail=message,
+        hint="Raise max_connections, lower pg_background.max_workers, or set pg_background.launch_timeout to wait.",
+    )
+
+
+def _out_of_descriptors() -> Exception:
+    return background_error(
+        INSUFFICIENT_RESOURCES,
+        "out of file descriptors for another background worker",
+        hint="Release workers, or raise the server's limit on open files (ulimit -n, LimitNOFILE).",
+    )

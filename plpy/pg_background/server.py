@@ -1,0 +1,195 @@
+"""The backend that this session runs in: the one module that touches the server's `plpy` and its symbols.
+
+Symbols of the server's executable are called through ctypes where SQL has no way or too slow a one. Only
+functions that cannot raise an error are called so: an error would jump over Python's frames.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .errors import INTERNAL_ERROR, BackgroundError, Report
+
+# A wait looks at the server's interrupts at least this often; a signal ends the slice at once.
+_SLICE_MS = 100
+
+READABLE = select.POLLIN
+WRITABLE = select.POLLOUT
+
+
+class _PollDescriptor(ctypes.Structure):
+    """struct pollfd."""
+
+    _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class Server:
+    """This backend: its caller, settings, interrupts and waits."""
+
+    def __init__(self, plpy: Any) -> None:
+        self._plpy = plpy
+        backend = ctypes.PyDLL(None)
+        self._backend = backend
+        self._get_user_id = backend.GetUserId
+        self._get_user_id.restype = ctypes.c_uint32
+        self._get_config_option = backend.GetConfigOption
+        self._get_config_option.restype = ctypes.c_char_p
+        self._estimate_guc_state = backend.EstimateGUCStateSpace
+        self._estimate_guc_state.restype = ctypes.c_size_t
+        self._serialize_guc_state = backend.SerializeGUCState
+        self._serialize_guc_state.argtypes = (ctypes.c_size_t, ctypes.c_char_p)
+        self._guc_buffer = ctypes.create_string_buffer(16384)
+        self._interrupt_pending = ctypes.c_int.in_dll(backend, "InterruptPending")
+        self._postmaster_pid = ctypes.c_int.in_dll(backend, "PostmasterPid").value
+        self._poll = ctypes.CDLL(None).poll
+        self.database_oid = ctypes.c_uint32.in_dll(backend, "MyDatabaseId").value
+        self._plans: dict[str, Any] = {}
+        self.major = int(self.required_setting("server_version_num")) // 10000
+        self.encoding = self.required_setting("server_encoding")
+        self.pid = os.getpid()
+
+    # --- who calls, and with which settings ---
+
+    def caller(self) -> int:
+        """Oid of the current user: inside a SECURITY DEFINER function, its owner."""
+        return int(self._get_user_id())
+
+    def setting(self, name: str) -> str | None:
+        """A setting's value in its base unit, whoever may see it; None where there is no such setting."""
+        value = self._get_config_option(name.encode(), ctypes.c_bool(True), ctypes.c_bool(False))
+        return None if value is None else self.decode(value)
+
+    def required_setting(self, name: str) -> str:
+        """A setting that every server has."""
+        value = self.setting(name)
+        if value is None:
+            raise BackgroundError(Report(INTERNAL_ERROR, f'the server has no setting "{name}"'))
+        return value
+
+    def guc_state(self) -> bytes:
+        """All settings that are not at their defaults, as the server serializes them for parallel workers."""
+        size = self._estimate_guc_state()
+        if size > len(self._guc_buffer):
+            self._guc_buffer = ctypes.create_string_buffer(2 * size)
+        self._serialize_guc_state(size, self._guc_buffer)
+        length = ctypes.sizeof(ctypes.c_size_t) + ctypes.c_size_t.from_buffer(self._guc_buffer).value
+        return self._guc_buffer.raw[:length]
+
+    def has_free_slots(self, wanted: int) -> bool:
+        """Whether so many connections are free beside those reserved for superusers and the like."""
+        reserved = int(self.required_setting("superuser_reserved_connections"))
+        reserved += int(self.setting("reserved_connections") or 0)
+        free = ctypes.c_int()
+        have = self._backend.HaveNFreeProcs
+        have.restype = ctypes.c_bool
+        arguments = (ctypes.c_int(reserved + wanted),)
+        if self.major >= 16:
+            return bool(have(*arguments, ctypes.byref(free)))
+        return bool(have(*arguments))
+
+    # --- SQL ---
+
+    def query(self, sql: str, types: Sequence[str] = (), arguments: Sequence[Any] = ()) -> list[dict[str, Any]]:
+        """Run a query with a plan that is kept for the session; every name in it must be qualified."""
+        plan = self._plans.get(sql)
+        if plan is None:
+            plan = self._plans[sql] = self._plpy.prepare(sql, list(types))
+        return list(self._plpy.execute(plan, list(arguments)))
+
+    def report_of(self, error: BaseException) -> Report | None:
+        """What a plpy.SPIError says; None for any other exception."""
+        if not isinstance(error, (self._plpy.SPIError, self._plpy.Error)):
+            return None
+        names = ("detail", "hint", "schema_name", "table_name", "column_name", "datatype_name", "constraint_name")
+        fields = {name: getattr(error, name, None) for name in names}
+        sqlstate = getattr(error, "sqlstate", None) or INTERNAL_ERROR
+        return Report(sqlstate, str(error.args[0]) if error.args else "", **fields)
+
+    def relay(self, notice: Report) -> None:
+        """Emit a worker's notice here, at its own level."""
+        emit = {
+            "DEBUG": self._plpy.debug,
+            "LOG": self._plpy.log,
+            "INFO": self._plpy.info,
+            "NOTICE": self._plpy.notice,
+        }.get(notice.severity, self._plpy.warning)
+        fields = {
+            "detail": notice.detail,
+            "hint": notice.hint,
+            "sqlstate": notice.sqlstate,
+            "schema_name": notice.schema_name,
+            "table_name": notice.table_name,
+            "column_name": notice.column_name,
+            "datatype_name": notice.datatype_name,
+            "constraint_name": notice.constraint_name,
+        }
+        emit(notice.message, **{name: value for name, value in fields.items() if value is not None})
+
+    # --- text ---
+
+    def encode(self, text: str) -> bytes:
+        """Text as bytes of the database's encoding."""
+        if self.encoding in ("UTF8", "SQL_ASCII"):
+            return text.encode()
+        converted = self.query(
+            "SELECT pg_catalog.convert_to($1, pg_catalog.getdatabaseencoding()) AS bytes", ["pg_catalog.text"], [text]
+        )
+        return bytes(converted[0]["bytes"])
+
+    def decode(self, text: bytes) -> str:
+        """Bytes of the database's encoding as text; what is no text of it is replaced, never an error."""
+        if self.encoding_is_ascii_compatible(text):
+            return text.decode("utf-8", "replace")
+        converted = self.query(
+            "SELECT pg_catalog.convert_from($1, pg_catalog.getdatabaseencoding()) AS text", ["pg_catalog.bytea"], [text]
+        )
+        return str(converted[0]["text"])
+
+    def encoding_is_ascii_compatible(self, text: bytes) -> bool:
+        """Whether Python can decode the bytes as UTF-8 without asking the server."""
+        return text.isascii() or self.encoding in ("UTF8", "SQL_ASCII")
+
+    # --- waiting ---
+
+    def handle_interrupts(self) -> None:
+        """Let the server act on a cancel, a timeout, a termination or another session's request.
+
+        A cancel raises plpy.SPIError; a termination does not come back.
+        """
+        if self._interrupt_pending.value:
+            self.query("SELECT 1")
+
+    def is_readable(self, descriptor: int) -> bool:
+        """Whether something has arrived, without waiting."""
+        polled = _PollDescriptor(descriptor, READABLE)
+        return self._poll(ctypes.byref(polled), ctypes.c_ulong(1), 0) > 0
+
+    def wait_for(self, descriptors: Sequence[tuple[int, int]], deadline: float | None) -> list[int]:
+        """Wait until one of (fd, events) is ready or the deadline (time.monotonic()) has passed.
+
+        Returns the positions of those that are ready; none at the deadline. Handles interrupts meanwhile.
+        """
+        count = len(descriptors)
+        polled = (_PollDescriptor * count)(*descriptors)
+        while True:
+            self.handle_interrupts()
+            ready = self._poll(polled, ctypes.c_ulong(count), _slice_ms(deadline))
+            if ready > 0:
+                return [position for position in range(count) if polled[position].revents]
+            if deadline is not None and time.monotonic() >= deadline:
+                return []
+            if os.getppid() != self._postmaster_pid:
+                self._plpy.fatal("terminating connection due to unexpected postmaster exit")
+
+
+def _slice_ms(deadline: float | None) -> int:
+    """How long the next poll may sleep, in whole milliseconds, rounded up."""
+    if deadline is None:
+        return _SLICE_MS
+    left = deadline - time.monotonic()
+    return max(0, min(_SLICE_MS, int(left * 1000) + 1))

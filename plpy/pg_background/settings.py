@@ -1,0 +1,104 @@
+"""The extension's own settings: their defaults, units and ranges."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+from .errors import INVALID_PARAMETER_VALUE, BackgroundError, Report
+from .server import Server
+from .units import SettingError, Unit, parse_integer_setting
+
+MIN_QUEUE_BYTES, MAX_QUEUE_BYTES = 64, 256 * 1024 * 1024
+_EFFECTIVE_QUEUE_BYTES = 8192
+_USERSET = 6  # enum GucContext
+
+
+class Definition(NamedTuple):
+    """A setting of type integer, with its range in its base unit."""
+
+    name: str
+    default: str
+    unit: Unit
+    low: int
+    high: int
+    description: str
+
+
+MAX_WORKERS = Definition(
+    "pg_background.max_workers", "16", None, 1, 1000, "Background workers that a session may track at once."
+)
+DEFAULT_QUEUE_SIZE = Definition(
+    "pg_background.default_queue_size",
+    "64kB",
+    "B",
+    MIN_QUEUE_BYTES,
+    MAX_QUEUE_BYTES,
+    "Bytes of a background worker's output that are buffered before it waits for its reader.",
+)
+WORKER_TIMEOUT = Definition(
+    "pg_background.worker_timeout",
+    "0",
+    "ms",
+    0,
+    2**31 - 1,
+    "How long the whole SQL of a background worker may run; 0 means that statement_timeout holds.",
+)
+ALL = (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
+
+
+def value(server: Server, definition: Definition) -> int:
+    """The setting's value in its base unit. 22023 for text that is no such value."""
+    text = server.setting(definition.name) or definition.default
+    try:
+        return parse_integer_setting(definition.name, text, definition.unit, definition.low, definition.high)
+    except SettingError as error:
+        raise BackgroundError(
+            Report(INVALID_PARAMETER_VALUE, str(error.message), error.detail, error.hint)
+        ) from error
+
+
+def queue_bytes(server: Server, queue_size: int) -> int:
+    """What a call's queue_size comes to. 22023 outside of 64 bytes to 256 MB."""
+    if queue_size <= 0:
+        return max(_EFFECTIVE_QUEUE_BYTES, value(server, DEFAULT_QUEUE_SIZE))
+    if not MIN_QUEUE_BYTES <= queue_size <= MAX_QUEUE_BYTES:
+        raise BackgroundError(
+            Report(
+                INVALID_PARAMETER_VALUE,
+                f"queue_size {queue_size} is out of range",
+                hint=f"Between {MIN_QUEUE_BYTES} and {MAX_QUEUE_BYTES} bytes are possible;"
+                " 0 means pg_background.default_queue_size.",
+            )
+        )
+    return max(_EFFECTIVE_QUEUE_BYTES, queue_size)
+
+
+def define(memory: dict[str, object]) -> None:
+    """Make the settings known to this backend, so that SHOW and RESET know their defaults.
+
+    They stay text: the server does not check them, value() does. The server keeps pointers into `memory`, which
+    must live as long as the backend; what is defined already in there is left alone.
+    """
+    defined = memory.setdefault("settings", {})
+    assert isinstance(defined, dict)
+    define_string = ctypes.PyDLL(None).DefineCustomStringVariable
+    for definition in ALL:
+        if definition.name in defined:
+            continue
+        strings = (definition.name.encode(), definition.description.encode(), definition.default.encode())
+        variable = ctypes.c_char_p()
+        defined[definition.name] = (strings, variable)
+        name, description, default = strings
+        define_string(
+            ctypes.c_char_p(name),
+            ctypes.c_char_p(description),
+            None,
+            ctypes.byref(variable),
+            ctypes.c_char_p(default),
+            ctypes.c_int(_USERSET),
+            ctypes.c_int(0),
+            None,
+            None,
+            None,
+        )

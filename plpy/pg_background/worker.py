@@ -1,0 +1,247 @@
+"""A worker: one job, running in a worker session, and what it has said so far."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+from . import output_settings
+from .backlog import Backlog, Item
+from .errors import FEATURE_NOT_SUPPORTED, BackgroundError, Report
+from .lexer import statement_count
+from .results import TAG_COLUMN, Column, TypeStyles, encode_rows, tag_rows
+from .server import READABLE, Server
+from .session import WorkerSession, backend_died, report_of
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGresult
+
+# What a wait keeps in memory of a worker's unread output, beyond its queue_size, before it goes to a file.
+_KEPT_BYTES = 4 * 1024 * 1024
+_NO_LIMIT = 1 << 62
+_MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1000
+_TYPICAL_ROW_BYTES = 128
+
+# psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
+_EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
+_FATAL_ERROR, _COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 7, 8, 9, 12
+
+
+class State(enum.Enum):
+    """A worker's state as `pg_background_list_v2` shows it."""
+
+    RUNNING = "running"
+    STOPPED = "stopped"
+    CANCELED = "canceled"
+    ERROR = "error"
+
+
+class Job(NamedTuple):
+    """What is to be run, and how."""
+
+    sql: str
+    queue_size: int
+    submitted: bool = False
+    label: Optional[str] = None
+
+
+class Worker:
+    """A job in a worker session, from the moment its SQL was sent."""
+
+    def __init__(self, server: Server, styles: TypeStyles, session: WorkerSession, job: Job, cookie: int) -> None:
+        self._server = server
+        self._styles = styles
+        self.session = session
+        self.job = job
+        self.pid = session.pid
+        self.cookie = cookie
+        self.role_oid = session.role_oid
+        self.launched_at = datetime.now(timezone.utc)
+        self.state = State.RUNNING
+        self.error: Optional[Report] = None
+        self.consumed = False
+        self.cancel_requested = False
+        self.columns: Optional[tuple[Column, ...]] = None
+        self.elapsed_ms = 0.0
+        self.backlog = Backlog()
+        self.started_settings: Mapping[str, str] = {}
+        self._tags: list[bytes] = []
+        self._statements = 1
+        self._ended_settings: Optional[Mapping[str, str]] = None
+        self._started = time.monotonic()
+
+    # --- running ---
+
+    def start(self) -> None:
+        """Send the job. Several statements get one more, which tells the output settings they end with."""
+        self.started_settings = {name: self._server.required_setting(name) for name in output_settings.NAMES}
+        sql = self.job.sql
+        if ";" in sql:
+            standard_strings = self._server.setting("standard_conforming_strings") == "on"
+            self._statements = statement_count(sql, standard_strings)
+        connection = self.session.connection
+        connection.notice_handler = self._take_notice
+        encoded = self._server.encode(sql)
+        connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._statements > 1 else encoded)
+        rows = self.job.queue_size // _TYPICAL_ROW_BYTES
+        connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
+        self.session.flush()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the job has reached its end, as far as was read."""
+        return self.state is not State.RUNNING
+
+    def pump(self, limit: int) -> None:
+        """Take in what has arrived, without waiting, while less than `limit` bytes lie unread."""
+        connection = self.session.connection
+        while not self.ended and self.backlog.bytes_in_memory < limit:
+            if connection.is_busy():
+                if not self._server.is_readable(connection.socket):
+                    return
+                self._consume()
+                continue
+            result = connection.get_result()
+            if result is None:
+                self._end()
+            else:
+                self._take(result)
+
+    def look(self) -> None:
+        """Bring the state up to date without reading more than queue_size ahead."""
+        self.pump(self.job.queue_size)
+
+    def wait(self, deadline: Optional[float]) -> bool:
+        """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
+        while True:
+            self.pump(_NO_LIMIT)
+            if self.ended:
+                return True
+            if not self._server.wait_for(((self.session.connection.socket, READABLE),), deadline):
+                return False
+
+    def wait_for_rows(self) -> None:
+        """Wait until the result's columns are known or the job has ended."""
+        while True:
+            self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1))
+            if self.ended or self.columns is not None:
+                return
+            self._server.wait_for(((self.session.connection.socket, READABLE),), None)
+
+    def next_item(self) -> Optional[Item]:
+        """The next batch of rows or notice, waiting for it; None at the end."""
+        while True:
+            item = self.backlog.popleft()
+            if item is not None or self.ended:
+                return item
+            self.pump(1)
+            if not self.backlog and not self.ended:
+                self._server.wait_for(((self.session.connection.socket, READABLE),), None)
+
+    def check_output_settings(self) -> None:
+        """0A000 when the job has changed settings on which its rows depend; once it has ended."""
+        if self.state is not State.STOPPED or self.columns is None:
+            return
+        touched = output_settings.touching(self.columns)
+        if touched and self._ended_settings is None:
+            self._ended_settings = _settings_of(self.session.run(output_settings.PROBE))
+        if touched and self._ended_settings is not None:
+            output_settings.refuse_changed(self.columns, self.started_settings, self._ended_settings)
+
+    def close(self) -> None:
+        """Let go of the session and of all that was not read."""
+        self.backlog.clear()
+        self.session.close()
+
+    # --- taking in ---
+
+    def _consume(self) -> None:
+        try:
+            self.session.connection.consume_input()
+        except Exception as error:  # psycopg.OperationalError: not importable before psycopg is
+            if self.session.connection.status == 0:
+                raise
+            self._fail(backend_died(self.pid, str(error).strip()))
+            self._end()
+
+    def _take(self, result: PGresult) -> None:
+        status = result.status
+        if status in (_TUPLES_CHUNK, _SINGLE_TUPLE):
+            self._take_rows(result)
+        elif status in (_TUPLES_OK, _COMMAND_OK, _EMPTY_QUERY):
+            if status == _TUPLES_OK:
+                self._take_rows(result)
+            if status != _EMPTY_QUERY and len(self._tags) < self._statements:
+                self._tags.append(result.command_status or b"")
+        elif status in (_COPY_OUT, _COPY_IN, _COPY_BOTH):
+            self._refuse_copy()
+        else:
+            self._fail(report_of(result, self._server, self.pid))
+
+    def _take_rows(self, result: PGresult) -> None:
+        """Rows count when they are those of the last statement; the probe's come after it."""
+        position = len(self._tags)
+        if position == self._statements - 1:
+            if self.columns is None:
+                self.columns = self._columns_of(result)
+            if result.ntuples and not self.error:
+                try:
+                    rows = encode_rows(result, self.columns)
+                except BackgroundError as error:
+                    self._fail(error.report)
+                else:
+                    self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
+        elif position == self._statements and self._statements > 1 and result.ntuples:
+            self._ended_settings = _settings_of(result)
+
+    def _columns_of(self, result: PGresult) -> tuple[Column, ...]:
+        try:
+            return self._styles.columns(result)
+        except BackgroundError as error:
+            self._fail(error.report)
+            return ()
+
+    def _refuse_copy(self) -> None:
+        """COPY with the client that the lexer could not see coming: end it, and the session with it."""
+        self._fail(
+            Report(
+                FEATURE_NOT_SUPPORTED,
+                "a background worker cannot COPY to or from the client",
+                hint="COPY to or from a file or program, or use INSERT and SELECT.",
+                worker_pid=self.pid,
+            )
+        )
+        self.session.connection.finish()
+        self._end()
+
+    def _take_notice(self, result: PGresult) -> None:
+        self.backlog.append(report_of(result, self._server, self.pid), max(self.job.queue_size, _KEPT_BYTES))
+
+    def _fail(self, report: Report) -> None:
+        if self.error is None:
+            self.error = report
+
+    def _end(self) -> None:
+        """The job is over: commit or rollback has happened."""
+        if self.ended:
+            return
+        self.elapsed_ms = (time.monotonic() - self._started) * 1000
+        if self.error is None:
+            self.state = State.STOPPED
+            if self.columns is None:
+                self.columns = (TAG_COLUMN,)
+                self.backlog.append(tag_rows(self._tags), _NO_LIMIT)
+        else:
+            self.state = State.CANCELED if self._was_canceled() else State.ERROR
+
+    def _was_canceled(self) -> bool:
+        """Whether our cancel ended it: 57014, or 57P01 after the grace."""
+        return self.cancel_requested and self.error is not None and self.error.sqlstate in ("57014", "57P01")
+
+
+def _settings_of(result: PGresult) -> dict[str, str]:
+    values = (result.get_value(0, position) or b"" for position in range(len(output_settings.NAMES)))
+    return {name: value.decode("utf-8", "replace") for name, value in zip(output_settings.NAMES, values)}
