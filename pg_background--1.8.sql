@@ -2902,44 +2902,33 @@ def _settings_of(result: PGresult) -> dict[str, str]:
     return {name: value.decode("utf-8", "replace") for name, value in zip(output_settings.NAMES, values)}
 $module$::pg_catalog.text$source$;
 
-CREATE FUNCTION _pg_background_checked(reply text)
-RETURNS text
+CREATE FUNCTION _pg_background_raise(report jsonb)
+RETURNS void
 LANGUAGE plpgsql VOLATILE STRICT PARALLEL UNSAFE
 AS $$
 DECLARE
-    report pg_catalog.jsonb;
-    hint pg_catalog.text;
-    detail pg_catalog.text;
+    code pg_catalog.text := report OPERATOR(pg_catalog.->>) 'sqlstate';
+    message pg_catalog.text := report OPERATOR(pg_catalog.->>) 'message';
+    hint pg_catalog.text := report OPERATOR(pg_catalog.->>) 'hint';
+    detail pg_catalog.text := report OPERATOR(pg_catalog.->>) 'detail';
     field record;
     options pg_catalog.text := '';
 BEGIN
-    IF pg_catalog.left(reply, 1) OPERATOR(pg_catalog.<>) '!' THEN
-        RETURN reply;
-    END IF;
-    report := pg_catalog.substr(reply, 2)::pg_catalog.jsonb;
-
     -- RAISE takes no NULL option, and an empty one would show: each combination needs a statement of its own.
-    IF NOT report OPERATOR(pg_catalog.?) 'worker_pid' THEN
-        hint := report OPERATOR(pg_catalog.->>) 'hint';
-        detail := report OPERATOR(pg_catalog.->>) 'detail';
-        IF hint IS NOT NULL AND detail IS NOT NULL THEN
-            RAISE EXCEPTION USING ERRCODE = report OPERATOR(pg_catalog.->>) 'sqlstate',
-                MESSAGE = report OPERATOR(pg_catalog.->>) 'message', DETAIL = detail, HINT = hint;
-        ELSIF hint IS NOT NULL THEN
-            RAISE EXCEPTION USING ERRCODE = report OPERATOR(pg_catalog.->>) 'sqlstate',
-                MESSAGE = report OPERATOR(pg_catalog.->>) 'message', HINT = hint;
-        ELSIF detail IS NOT NULL THEN
-            RAISE EXCEPTION USING ERRCODE = report OPERATOR(pg_catalog.->>) 'sqlstate',
-                MESSAGE = report OPERATOR(pg_catalog.->>) 'message', DETAIL = detail;
-        END IF;
-        RAISE EXCEPTION USING ERRCODE = report OPERATOR(pg_catalog.->>) 'sqlstate',
-            MESSAGE = report OPERATOR(pg_catalog.->>) 'message';
+    IF report OPERATOR(pg_catalog.?|)
+       ARRAY['schema_name', 'table_name', 'column_name', 'datatype_name', 'constraint_name'] THEN
+        NULL;  -- made to fit, below
+    ELSIF hint IS NOT NULL AND detail IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail, HINT = hint;
+    ELSIF hint IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, HINT = hint;
+    ELSIF detail IS NOT NULL THEN
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message, DETAIL = detail;
+    ELSE
+        RAISE EXCEPTION USING ERRCODE = code, MESSAGE = message;
     END IF;
 
-    /* A worker's error has any of seven optional fields, so the statement is made to fit. The values come by way
-     * of a setting that ends with the failed transaction: the statement's text is the context that users see, and
-     * tells them the worker's pid and its own context, behind comment signs.
-     */
+    -- The values come by way of a setting, which ends with the transaction that fails here.
     FOR field IN
         SELECT f.name, f.option
         FROM (VALUES ('detail', 'DETAIL'), ('hint', 'HINT'), ('schema_name', 'SCHEMA'), ('table_name', 'TABLE'),
@@ -2947,22 +2936,41 @@ BEGIN
              ) AS f(name, option)
         WHERE report OPERATOR(pg_catalog.?) f.name
     LOOP
-        options := pg_catalog.concat(options, pg_catalog.format(
-            ', %s = report OPERATOR(pg_catalog.->>) %L', field.option, field.name));
+        options := pg_catalog.concat(
+            options, ', ', field.option, ' = r OPERATOR(pg_catalog.->>) ', pg_catalog.quote_literal(field.name));
     END LOOP;
     PERFORM pg_catalog.set_config('pg_background.report', report::pg_catalog.text, true);
-    EXECUTE pg_catalog.format(
-        $raise$-- in a background worker with PID %s%s
-DO LANGUAGE plpgsql %L$raise$,
-        report OPERATOR(pg_catalog.->>) 'worker_pid',
-        pg_catalog.replace(pg_catalog.concat(E'\n', report OPERATOR(pg_catalog.->>) 'context'), E'\n', E'\n-- '),
-        pg_catalog.format($do$
+    EXECUTE pg_catalog.format('DO LANGUAGE plpgsql %L', pg_catalog.format($raise$
+        DECLARE
+            r pg_catalog.jsonb := pg_catalog.current_setting('pg_background.report');
+        BEGIN
+            RAISE EXCEPTION USING ERRCODE = r OPERATOR(pg_catalog.->>) 'sqlstate',
+                MESSAGE = r OPERATOR(pg_catalog.->>) 'message'%s;
+        END$raise$, options));
+END;
+$$;
+CREATE FUNCTION _pg_background_checked(reply text)
+RETURNS text
+LANGUAGE plpgsql VOLATILE STRICT PARALLEL UNSAFE
+AS $$
 DECLARE
-    report pg_catalog.jsonb := pg_catalog.current_setting('pg_background.report');
+    report pg_catalog.jsonb;
 BEGIN
-    RAISE EXCEPTION USING ERRCODE = report OPERATOR(pg_catalog.->>) 'sqlstate',
-        MESSAGE = report OPERATOR(pg_catalog.->>) 'message'%s;
-END$do$, options));
+    IF pg_catalog.left(reply, 1) OPERATOR(pg_catalog.<>) '!' THEN
+        RETURN reply;
+    END IF;
+    report := pg_catalog.substr(reply, 2)::pg_catalog.jsonb;
+    -- The statement's text becomes the error's context: there users see the worker's pid, and its own context.
+    EXECUTE pg_catalog.concat(
+        CASE WHEN report OPERATOR(pg_catalog.?) 'worker_pid' THEN
+            E'-- in a background worker with PID ' OPERATOR(pg_catalog.||) pg_catalog.replace(
+            pg_catalog.concat_ws(
+                E'\n', report OPERATOR(pg_catalog.->>) 'worker_pid', report OPERATOR(pg_catalog.->>) 'context'),
+            E'\n', E'\n-- ') OPERATOR(pg_catalog.||) E'\n' END,
+        'SELECT ', (SELECT e.extnamespace::pg_catalog.regnamespace::pg_catalog.text
+            FROM pg_catalog.pg_extension e
+            WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'), '._pg_background_raise($1)')
+        USING report;
     RETURN NULL;
 END;
 $$;
@@ -3362,6 +3370,11 @@ REVOKE ALL ON FUNCTION _pg_background_module_worker() FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION _pg_background_module_worker() TO pgbackground_role;
 COMMENT ON FUNCTION _pg_background_module_worker() IS
     'Internal: source of the Python module pg_background.worker.';
+
+REVOKE ALL ON FUNCTION _pg_background_raise(jsonb) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION _pg_background_raise(jsonb) TO pgbackground_role;
+COMMENT ON FUNCTION _pg_background_raise(jsonb) IS
+    'Internal: raises the error that a report of the runtime describes.';
 
 REVOKE ALL ON FUNCTION _pg_background_checked(text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION _pg_background_checked(text) TO pgbackground_role;

@@ -266,6 +266,7 @@ API: tuple[Function, ...] = (
 )
 
 INTERNAL: tuple[Internal, ...] = (
+    Internal("_pg_background_raise", ("jsonb",), "raises the error that a report of the runtime describes."),
     Internal("_pg_background_checked", ("text",), "passes a reply of the runtime on, or raises the error it reports."),
     Internal("_pg_background_launch", ("text", "int4"), "starts a worker; reply: its handle."),
     Internal("_pg_background_launch_v1", ("text", "int4"), "starts a worker with cookie 0; reply: its pid."),
