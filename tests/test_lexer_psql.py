@@ -37,13 +37,14 @@ _SENT = re.compile(
 )
 
 # No colon before a name: psql would take it for a variable. Backslashes stand in literals only; where the
-# mix puts one outside, psql takes it for a command of its own and complains. E'' strings that go on behind a
-# line end are left to the server: psql reads a line at a time, and forgets that they are E'' strings.
+# mix puts one outside, psql takes it for a command of its own and complains. A letter behind a number is
+# an error from PostgreSQL 15 on, and read in different ways until then. No COPY FROM STDIN: where that fails,
+# psql throws the rest of its input away.
 _FRAGMENTS = [
-    "SELECT", "INSERT", "COPY nowhere FROM", "STDIN", "COMMIT", "BEGIN", "END", "CASE", "ATOMIC", "a$b$c",
+    "SELECT", "INSERT", "COPY nowhere FROM", "COMMIT", "BEGIN", "END", "CASE", "ATOMIC", "a$b$c",
     "é", ";", ";", ";", "(", ")", "((", "))", "[", "]", ",", "=", "->", "*", "-", "+", "/", "- -", "$", "%",
     "@", "#", "'", "''", "';'", "'it''s;'", "'\\'", "'\\''", "E'\\';'", "e'", "'a'\n';'", "U&'d;'",
-    'U&"d;"', "B'01;'", "X'1F;'", "N'n;'", '"', '";"', '"a"";"', "$1", "1", ".5", "1.5e-3", "1e", "x", "$$",
+    'U&"d;"', "B'01;'", "X'1F;'", "N'n;'", '"', '";"', '"a"";"', "$1 ", "1 ", ".5 ", "1.5e-3 ", "x", "$$",
     "$$;$$", "$a$", "$a$;$$;$b$;$a$", "$a", "$é$", "$1$", "--", "-- ;'\n", "-- it's (\n", "/*", "*/",
     "/* ; */", "/* /* ; */ ; */", "/**/", "/*/", "**/", "\n", " ", "\t", "\n\n", "||/", "@-", "<*",
     "; CREATE FUNCTION f() RETURNS int BEGIN ATOMIC SELECT 1; SELECT CASE WHEN true THEN 1 END; END;",
@@ -52,6 +53,10 @@ _FRAGMENTS = [
 fragment_scripts = st.lists(
     st.tuples(st.sampled_from(_FRAGMENTS), st.sampled_from(["", " ", " ", "\n"])), max_size=25
 ).map(lambda parts: "".join(text + gap for text, gap in parts))
+
+# psql reads a line at a time: of a literal that goes on behind a line end it forgets that it was an E'' one.
+# The server does not, and the tests against it cover these.
+_FORGOTTEN_ESCAPES = re.compile(r"[eE]'.*\n\s*'", re.DOTALL)
 
 Splitter = Callable[[str, bool], "list[str] | None"]
 
@@ -95,6 +100,7 @@ def _plain(piece: str) -> str:
 @unhurried
 @given(script=fragment_scripts)
 def test_splits_as_psql_does(split_by_psql: Splitter, script: str, conforming: bool) -> None:
+    assume(not _FORGOTTEN_ESCAPES.search(script))
     sent = split_by_psql(script, conforming)
     assume(sent is not None)
     assert sent is not None
@@ -139,9 +145,9 @@ _STATEMENTS = [
     "COPY pg_temp.stdin FROM PROGRAM 'true'",
     "CREATE RULE r AS ON INSERT TO pg_temp.stdin DO ALSO (SELECT 1; SELECT 2)",
     "CREATE OR REPLACE FUNCTION pg_temp.begin() RETURNS int LANGUAGE sql AS 'SELECT 1'",
-    "CREATE FUNCTION pg_temp.f() RETURNS int\nBEGIN ATOMIC SELECT 1 case;SELECT CASE 1 WHEN 1 THEN 1 END; END",
+    "CREATE FUNCTION pg_temp.f() RETURNS int BEGIN ATOMIC SELECT 1 case;SELECT CASE 1 WHEN 1 THEN 1 END; END",
     "CREATE FUNCTION pg_temp.g() RETURNS int BEGIN ATOMIC SELECT begin atomic FROM (SELECT 1 begin) x; END",
-    "CREATE FUNCTION pg_temp.h() RETURNS int SET search_path= begin, atomic RETURN CASE WHEN 1=1 THEN 1 END",
+    "CREATE FUNCTION pg_temp.h() RETURNS int SET search_path = begin, atomic RETURN CASE WHEN 1=1 THEN 1 END",
     "CREATE TEMP TABLE stdout (from_ int); COPY stdout (from_) FROM STDOUT",
     "CREATE PROCEDURE pg_temp.p() BEGIN ATOMIC END",
 ]  # fmt: skip
