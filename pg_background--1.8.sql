@@ -27,6 +27,15 @@ BEGIN
 END;
 $roles$;
 
+/* Whoever may execute the API must find it: granting pgbackground_role is all that an admin has to do. */
+DO LANGUAGE plpgsql $usage$
+BEGIN
+    IF NOT pg_catalog.has_schema_privilege('pgbackground_role', pg_catalog.current_schema(), 'USAGE') THEN
+        EXECUTE pg_catalog.format('GRANT USAGE ON SCHEMA %I TO pgbackground_role', pg_catalog.current_schema());
+    END IF;
+END;
+$usage$;
+
 CREATE TYPE pg_background_handle AS (
     pid int4,
     cookie int8
@@ -3279,6 +3288,266 @@ LANGUAGE sql
 BEGIN ATOMIC
     SELECT _pg_background_checked(_pg_background_detach(pid, NULL));
 END;
+CREATE FUNCTION grant_pg_background_privileges(role_name text, include_v1 boolean DEFAULT true, print_commands boolean DEFAULT false)
+RETURNS boolean
+VOLATILE STRICT PARALLEL UNSAFE
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    command pg_catalog.text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles r
+                   WHERE r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) role_name) THEN
+        RAISE EXCEPTION 'role "%" does not exist', role_name USING ERRCODE = 'undefined_object';
+    END IF;
+    FOR command IN
+        WITH extension AS (
+            SELECT e.oid, e.extnamespace FROM pg_catalog.pg_extension e
+            WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
+        ), member AS (
+            SELECT d.classid::pg_catalog.regclass AS catalog, d.objid
+            FROM extension e
+            JOIN pg_catalog.pg_depend d
+              ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
+             AND d.refobjid OPERATOR(pg_catalog.=) e.oid
+             AND d.deptype OPERATOR(pg_catalog.=) 'e'
+        ), privilege AS (
+            SELECT 1 AS position, 'USAGE ON SCHEMA' AS what,
+                   e.extnamespace::pg_catalog.regnamespace::pg_catalog.text AS name
+            FROM extension e
+            WHERE NOT pg_catalog.has_schema_privilege(role_name, e.extnamespace, 'USAGE')
+            UNION ALL
+            SELECT 2, 'USAGE ON TYPE', m.objid::pg_catalog.regtype::pg_catalog.text
+            FROM member m
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass
+            UNION ALL
+            SELECT 3, 'SELECT ON TABLE', m.objid::pg_catalog.regclass::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) m.objid
+             AND c.relkind OPERATOR(pg_catalog.=) 'v'
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass
+            UNION ALL
+            SELECT 4, 'EXECUTE ON FUNCTION', m.objid::pg_catalog.regprocedure::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.objid
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass
+              AND (p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch_v2',
+                   'pg_background_submit_v2',
+                   'pg_background_result_v2',
+                   'pg_background_wait_v2',
+                   'pg_background_wait_v2_timeout',
+                   'pg_background_cancel_v2',
+                   'pg_background_cancel_v2_grace',
+                   'pg_background_detach_v2',
+                   'pg_background_list_v2',
+                   'pg_background_stats_v2',
+                   'pg_background_progress',
+                   'pg_background_get_progress_v2',
+                   '_pg_background_raise',
+                   '_pg_background_checked',
+                   '_pg_background_launch',
+                   '_pg_background_launch_v1',
+                   '_pg_background_open_result',
+                   '_pg_background_batches',
+                   '_pg_background_close_result',
+                   '_pg_background_wait',
+                   '_pg_background_detach',
+                   '_pg_background_list',
+                   '_pg_background_stats',
+                   '_pg_background_module___init__',
+                   '_pg_background_module_backlog',
+                   '_pg_background_module_bootstrap',
+                   '_pg_background_module_calls',
+                   '_pg_background_module_errors',
+                   '_pg_background_module_guc_state',
+                   '_pg_background_module_inheritance',
+                   '_pg_background_module_lexer',
+                   '_pg_background_module_loopback',
+                   '_pg_background_module_output_settings',
+                   '_pg_background_module_registry',
+                   '_pg_background_module_results',
+                   '_pg_background_module_server',
+                   '_pg_background_module_session',
+                   '_pg_background_module_settings',
+                   '_pg_background_module_switch',
+                   '_pg_background_module_units',
+                   '_pg_background_module_worker'
+                   ]::pg_catalog.name[])
+                   OR include_v1 AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch',
+                   'pg_background_result',
+                   'pg_background_detach'
+                   ]::pg_catalog.name[]))
+        )
+        SELECT pg_catalog.format('GRANT %s %s TO %I', p.what, p.name, role_name)
+        FROM privilege p
+        ORDER BY p.position, p.name
+    LOOP
+        IF print_commands THEN
+            RAISE NOTICE '%', command;
+        END IF;
+        EXECUTE command;
+    END LOOP;
+    RETURN true;
+END;
+$$;
+CREATE FUNCTION revoke_pg_background_privileges(role_name text, include_v1 boolean DEFAULT true, print_commands boolean DEFAULT false)
+RETURNS boolean
+VOLATILE STRICT PARALLEL UNSAFE
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    command pg_catalog.text;
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles r
+                   WHERE r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) role_name) THEN
+        RAISE EXCEPTION 'role "%" does not exist', role_name USING ERRCODE = 'undefined_object';
+    END IF;
+    FOR command IN
+        WITH extension AS (
+            SELECT e.oid, e.extnamespace FROM pg_catalog.pg_extension e
+            WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
+        ), member AS (
+            SELECT d.classid::pg_catalog.regclass AS catalog, d.objid
+            FROM extension e
+            JOIN pg_catalog.pg_depend d
+              ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
+             AND d.refobjid OPERATOR(pg_catalog.=) e.oid
+             AND d.deptype OPERATOR(pg_catalog.=) 'e'
+        ), privilege AS (
+            SELECT 1 AS position, 'USAGE ON SCHEMA' AS what,
+                   e.extnamespace::pg_catalog.regnamespace::pg_catalog.text AS name
+            FROM extension e
+            -- USAGE of the schema public is needed by more than this extension.
+            WHERE e.extnamespace OPERATOR(pg_catalog.<>) 2200::pg_catalog.oid
+            UNION ALL
+            SELECT 2, 'USAGE ON TYPE', m.objid::pg_catalog.regtype::pg_catalog.text
+            FROM member m
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass
+            UNION ALL
+            SELECT 3, 'SELECT ON TABLE', m.objid::pg_catalog.regclass::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) m.objid
+             AND c.relkind OPERATOR(pg_catalog.=) 'v'
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass
+            UNION ALL
+            SELECT 4, 'EXECUTE ON FUNCTION', m.objid::pg_catalog.regprocedure::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.objid
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass
+              AND (p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch_v2',
+                   'pg_background_submit_v2',
+                   'pg_background_result_v2',
+                   'pg_background_wait_v2',
+                   'pg_background_wait_v2_timeout',
+                   'pg_background_cancel_v2',
+                   'pg_background_cancel_v2_grace',
+                   'pg_background_detach_v2',
+                   'pg_background_list_v2',
+                   'pg_background_stats_v2',
+                   'pg_background_progress',
+                   'pg_background_get_progress_v2',
+                   '_pg_background_raise',
+                   '_pg_background_checked',
+                   '_pg_background_launch',
+                   '_pg_background_launch_v1',
+                   '_pg_background_open_result',
+                   '_pg_background_batches',
+                   '_pg_background_close_result',
+                   '_pg_background_wait',
+                   '_pg_background_detach',
+                   '_pg_background_list',
+                   '_pg_background_stats',
+                   '_pg_background_module___init__',
+                   '_pg_background_module_backlog',
+                   '_pg_background_module_bootstrap',
+                   '_pg_background_module_calls',
+                   '_pg_background_module_errors',
+                   '_pg_background_module_guc_state',
+                   '_pg_background_module_inheritance',
+                   '_pg_background_module_lexer',
+                   '_pg_background_module_loopback',
+                   '_pg_background_module_output_settings',
+                   '_pg_background_module_registry',
+                   '_pg_background_module_results',
+                   '_pg_background_module_server',
+                   '_pg_background_module_session',
+                   '_pg_background_module_settings',
+                   '_pg_background_module_switch',
+                   '_pg_background_module_units',
+                   '_pg_background_module_worker'
+                   ]::pg_catalog.name[])
+                   OR include_v1 AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch',
+                   'pg_background_result',
+                   'pg_background_detach'
+                   ]::pg_catalog.name[]))
+        )
+        SELECT pg_catalog.format('REVOKE %s %s FROM %I', p.what, p.name, role_name)
+        FROM privilege p
+        ORDER BY p.position, p.name
+    LOOP
+        IF print_commands THEN
+            RAISE NOTICE '%', command;
+        END IF;
+        EXECUTE command;
+    END LOOP;
+    RETURN true;
+END;
+$$;
+CREATE FUNCTION pg_background_drop_executor_role()
+RETURNS void
+VOLATILE STRICT PARALLEL UNSAFE
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    executor CONSTANT pg_catalog.oid := 'pgbackground_role'::pg_catalog.regrole;
+    member pg_catalog.text;
+BEGIN
+    EXECUTE pg_catalog.format('REVOKE USAGE ON SCHEMA %s FROM pgbackground_role', (SELECT e.extnamespace::pg_catalog.regnamespace::pg_catalog.text
+            FROM pg_catalog.pg_extension e
+            WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'));
+    -- CREATE EXTENSION keeps what it granted as "initial privileges", which would name the role for ever (and
+    -- keep it from being dropped, from 17 on). Joining the extension anew writes them afresh.
+    FOR member IN
+        SELECT pg_catalog.concat_ws(' ', i.type, i.identity)
+        FROM pg_catalog.pg_extension e
+        JOIN pg_catalog.pg_depend d
+          ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
+         AND d.refobjid OPERATOR(pg_catalog.=) e.oid
+         AND d.deptype OPERATOR(pg_catalog.=) 'e'
+        CROSS JOIN LATERAL pg_catalog.pg_identify_object(d.classid, d.objid, d.objsubid) i
+        WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
+          AND (EXISTS (
+                SELECT FROM pg_catalog.pg_shdepend g
+                WHERE g.dbid OPERATOR(pg_catalog.=) (
+                    SELECT b.oid FROM pg_catalog.pg_database b
+                    WHERE b.datname OPERATOR(pg_catalog.=) pg_catalog.current_database())
+                  AND g.classid OPERATOR(pg_catalog.=) d.classid
+                  AND g.objid OPERATOR(pg_catalog.=) d.objid
+                  AND g.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_authid'::pg_catalog.regclass::pg_catalog.oid
+                  AND g.refobjid OPERATOR(pg_catalog.=) executor)
+               OR EXISTS (
+                SELECT FROM pg_catalog.pg_init_privs p
+                CROSS JOIN LATERAL pg_catalog.aclexplode(p.initprivs) a
+                WHERE p.classoid OPERATOR(pg_catalog.=) d.classid
+                  AND p.objoid OPERATOR(pg_catalog.=) d.objid
+                  AND a.grantee OPERATOR(pg_catalog.=) executor))
+    LOOP
+        EXECUTE pg_catalog.format(
+            'REVOKE ALL ON %s FROM pgbackground_role', pg_catalog.regexp_replace(member, '^view ', 'TABLE '));
+        EXECUTE pg_catalog.format('ALTER EXTENSION pg_background DROP %s', member);
+        EXECUTE pg_catalog.format('ALTER EXTENSION pg_background ADD %s', member);
+    END LOOP;
+    -- Says by itself what else depends on the role.
+    DROP ROLE pgbackground_role;
+END;
+$$;
 -- privileges and comments ------------------------------------------------------------------------
 
 REVOKE ALL ON FUNCTION _pg_background_module___init__() FROM PUBLIC;
@@ -3475,3 +3744,15 @@ REVOKE ALL ON FUNCTION pg_background_detach(int4) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pg_background_detach(int4) TO pgbackground_role;
 COMMENT ON FUNCTION pg_background_detach(int4) IS
     'As pg_background_detach_v2, without a check of the cookie.';
+
+REVOKE ALL ON FUNCTION grant_pg_background_privileges(text, boolean, boolean) FROM PUBLIC;
+COMMENT ON FUNCTION grant_pg_background_privileges(text, boolean, boolean) IS
+    'Grants EXECUTE on the API to a role, with or without the version 1 functions; prints the commands if asked. Raises 42704 for an unknown role.';
+
+REVOKE ALL ON FUNCTION revoke_pg_background_privileges(text, boolean, boolean) FROM PUBLIC;
+COMMENT ON FUNCTION revoke_pg_background_privileges(text, boolean, boolean) IS
+    'Takes back what grant_pg_background_privileges gave to a role. Raises 42704 for an unknown role.';
+
+REVOKE ALL ON FUNCTION pg_background_drop_executor_role() FROM PUBLIC;
+COMMENT ON FUNCTION pg_background_drop_executor_role() IS
+    'Revokes what the extension granted to pgbackground_role and drops that role, or says what still depends on it (2BP01).';

@@ -1,0 +1,65 @@
+"""The extension's calls, as tests write them over and over."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from tests.clusters import Session
+
+LIST_COLUMNS = (
+    "pid int4, cookie int8, launched_at timestamptz, user_id oid, queue_size int4, state text,"
+    " sql_preview text, last_error text, consumed bool"
+)
+
+
+class Handle(NamedTuple):
+    """A worker's pid and cookie."""
+
+    pid: int
+    cookie: int
+
+
+class Listed(NamedTuple):
+    """A row of pg_background_list_v2()."""
+
+    pid: int
+    cookie: int
+    launched_at: Any
+    user_id: int
+    queue_size: int
+    state: str
+    sql_preview: str
+    last_error: str | None
+    consumed: bool
+
+
+def launch(session: Session, query: str, queue_size: int = 0, schema: str = "public") -> Handle:
+    """Starts a worker, version 2."""
+    call = f"SELECT pid, cookie FROM {schema}.pg_background_launch_v2(%s, %s)"
+    return Handle(*session.rows(call, (query, queue_size))[0])
+
+
+def result(session: Session, handle: Handle, columns: str = "r text", schema: str = "public") -> list[Any]:
+    """A worker's rows; `columns` is the column list."""
+    return session.rows(f"SELECT * FROM {schema}.pg_background_result_v2(%s, %s) AS r({columns})", handle)
+
+
+def run(session: Session, query: str, columns: str = "r text") -> list[Any]:
+    """Launch and result."""
+    return result(session, launch(session, query), columns)
+
+
+def wait(session: Session, handle: Handle, schema: str = "public") -> None:
+    """Waits for a worker's end."""
+    session.execute(f"SELECT {schema}.pg_background_wait_v2(%s, %s)", handle)
+
+
+def detach(session: Session, handle: Handle, schema: str = "public") -> None:
+    """Lets a worker go."""
+    session.execute(f"SELECT {schema}.pg_background_detach_v2(%s, %s)", handle)
+
+
+def listed(session: Session, schema: str = "public") -> list[Listed]:
+    """The tracked workers that the session's role may manage, oldest first."""
+    query = f"SELECT * FROM {schema}.pg_background_list_v2() AS l({LIST_COLUMNS}) ORDER BY launched_at"
+    return [Listed(*row) for row in session.rows(query)]
