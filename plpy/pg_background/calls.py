@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable, Optional, TypeVar
 
-from . import lexer, settings
+from . import lexer, output_settings, settings
 from .backlog import Rows
 from .errors import (
     FEATURE_NOT_SUPPORTED,
@@ -56,6 +56,7 @@ class Runtime:
         self._server = Server(plpy)
         self._registry = Registry(self._server)
         self._reading: dict[int, Reading] = {}
+        self._reader_settings = output_settings.ReaderSettings(self._server)
 
     def retire(self) -> None:
         """Let all workers go on to their ends; another runtime takes over."""
@@ -138,8 +139,13 @@ class Runtime:
                 UNDEFINED_OBJECT,
                 f"a type in the result of the background worker with PID {worker.pid} does not exist any more",
             )
-        encoding = self._server.encoding
-        return rows_query(columns, names, f"{{schema}}._pg_background_batches({worker.pid})", encoding)
+        worker.dependence = self._reader_settings.dependence(columns)
+        written = worker.written_under()
+        wanted = output_settings.wanted_by_reader(worker.dependence, written)
+        worker.reader_before = self._reader_settings.take_on(wanted)
+        batches = f"{{schema}}._pg_background_batches({worker.pid})"
+        zoned = output_settings.reads_zones(columns, written)
+        return rows_query(columns, names, batches, self._server.encoding, zoned=zoned)
 
     def batches(self, pid: int) -> Iterator[list[bytes]]:
         """The rows of an opened result, a batch at a time, each a literal for every column."""
@@ -178,6 +184,7 @@ class Runtime:
     def close_result(self, pid: int) -> str:
         """Let the worker go after its rows were read; its error, if it had one."""
         reading = self._reading.pop(pid)
+        self._reader_settings.put_back(reading.worker.reader_before)
         self._registry.release(reading.worker)
         if reading.error is not None:
             raise BackgroundError(reading.error)

@@ -1,17 +1,19 @@
 """Rows on their way from a worker to the caller: columns as literals that the server unnests.
 
 Per row PL/Python is slow, per column and batch it is not. A column of a built-in type travels as one array
-literal. Any other type (of a user, or an array, or without an array type) travels as JSON objects that
-json_to_recordset reads: that calls the type's own input function and nothing else, where a cast from text might be
-a function that the type's owner has planted.
+literal: of the type itself, or, where its values cannot be elements of an array (arrays, and types without an array
+type), of texts that are cast one by one. A user's type travels as JSON objects that json_to_recordset reads: that
+calls the type's own input function and nothing else, where a cast from text might be a function that the type's
+owner has planted. (Where its array type serves, one array literal inside of one JSON object is faster.)
 """
 
 from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from collections.abc import Iterable, Iterator
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from .backlog import Rows
 from .errors import DATATYPE_MISMATCH, FEATURE_NOT_SUPPORTED, background_error
@@ -20,16 +22,37 @@ from .server import Server
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
-_FIRST_USER_OID = 16384  # FirstNormalObjectId: below it are objects of initdb, owned by the bootstrap superuser
+FIRST_USER_OID = (
+    16384  # FirstNormalObjectId: below it are objects of initdb, owned by the bootstrap superuser
+)
 
 BOOL, CHAR, INT8, INT2, INT4, TEXT, OID, FLOAT4, FLOAT8 = 16, 18, 20, 21, 23, 25, 26, 700, 701
 DATE, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, NUMERIC = 1082, 1083, 1114, 1184, 1186, 1266, 1700
 VOID, UUID = 2278, 2950
 
 # Their output never holds what an array literal must quote.
-_PLAIN = frozenset(
-    (BOOL, INT8, INT2, INT4, OID, FLOAT4, FLOAT8, DATE, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, NUMERIC, UUID)
+PLAIN_TYPES = frozenset(
+    (
+        BOOL,
+        INT8,
+        INT2,
+        INT4,
+        OID,
+        FLOAT4,
+        FLOAT8,
+        DATE,
+        TIME,
+        TIMESTAMP,
+        TIMESTAMPTZ,
+        INTERVAL,
+        TIMETZ,
+        NUMERIC,
+        UUID,
+    )
 )
+
+# A batch beyond this is halved: reading it takes several times its size in memory.
+_BIG_BATCH_BYTES = 8 * 1024 * 1024
 
 _CONTROL_CHARACTERS = re.compile(rb"[\x01-\x1f]")
 
@@ -39,7 +62,9 @@ class Style(enum.Enum):
 
     PLAIN = enum.auto()  # an array literal without quotes
     QUOTED = enum.auto()  # an array literal of quoted elements
+    TEXT = enum.auto()  # an array literal of texts, each to be cast by itself
     CODE = enum.auto()  # "char": an array literal of byte codes; a byte need not be text
+    PACKED = enum.auto()  # a JSON object that holds an array literal of quoted elements
     RECORDS = enum.auto()  # a JSON array of objects
     PSEUDO = enum.auto()  # a type that no table can hold: only NULL (and void's empty text) passes
 
@@ -62,7 +87,7 @@ class TypeStyles:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._styles: dict[int, Style] = {}
+        self._built_in = dict.fromkeys(PLAIN_TYPES, Style.PLAIN)
 
     def columns(self, result: PGresult) -> tuple[Column, ...]:
         """The columns of a result. 42804 when it has none."""
@@ -72,42 +97,75 @@ class TypeStyles:
                 "the result of the background worker has no columns",
                 hint="Select at least one column.",
             )
+        types = [(result.ftype(i), result.fmod(i)) for i in range(result.nfields)]
+        styles = self._styles({oid for oid, _ in types})
+        chosen = [_style_of_column(styles.get(oid), typmod) for oid, typmod in types]
+        if Style.RECORDS in chosen:  # then all are functions in FROM, where unnest would take a row to pieces
+            chosen = [Style.RECORDS if style is Style.PACKED else style for style in chosen]
         return tuple(
-            Column(result.fname(i) or b"", result.ftype(i), result.fmod(i), self._style(result.ftype(i)))
-            for i in range(result.nfields)
+            Column(result.fname(i) or b"", oid, typmod, style)
+            for i, ((oid, typmod), style) in enumerate(zip(types, chosen))
         )
 
-    def _style(self, oid: int) -> Style:
-        if oid in _PLAIN:
-            return Style.PLAIN
-        if oid >= _FIRST_USER_OID:
-            return Style.RECORDS
-        if not self._styles:
-            self._learn_built_in_types()
-        return self._styles.get(oid, Style.RECORDS)
+    def _styles(self, oids: set[int]) -> dict[int, Style]:
+        """The styles of those types that can be seen here; one that the job itself has made cannot yet."""
+        unknown = oids - self._built_in.keys()
+        if not unknown:
+            return self._built_in
+        found = self._look_up(unknown)
+        self._built_in.update({oid: style for oid, style in found.items() if oid < FIRST_USER_OID})
+        return {**self._built_in, **found}
 
-    def _learn_built_in_types(self) -> None:
+    def _look_up(self, oids: set[int]) -> dict[int, Style]:
         rows = self._server.query(
             "SELECT t.oid, t.typtype OPERATOR(pg_catalog.=) 'p' AS pseudo,"
+            " t.typtype OPERATOR(pg_catalog.=) 'c' AS composite,"
             " t.typarray OPERATOR(pg_catalog.<>) 0::pg_catalog.oid"
-            " AND t.typdelim OPERATOR(pg_catalog.=) ','"
-            " AND t.typcategory OPERATOR(pg_catalog.<>) 'A' AS fits_array"
-            " FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.<) 16384::pg_catalog.oid"
+            " AND t.typdelim OPERATOR(pg_catalog.=) ',' AS fits_array"
+            " FROM pg_catalog.pg_type t WHERE t.oid OPERATOR(pg_catalog.=) ANY ($1)",
+            ["pg_catalog.oid[]"],
+            [sorted(oids)],
         )
-        for row in rows:
-            style = Style.QUOTED if row["fits_array"] else Style.RECORDS
-            self._styles[int(row["oid"])] = Style.PSEUDO if row["pseudo"] else style
-        self._styles[CHAR] = Style.CODE
+        return {int(row["oid"]): _style_of(row) for row in rows}
 
 
-def encode_rows(result: PGresult, columns: tuple[Column, ...]) -> Rows:
-    """All rows of a chunk."""
-    get_value, rows = result.get_value, range(result.ntuples)
-    return Rows(
+def _style_of(row: dict[str, Any]) -> Style:
+    oid = int(row["oid"])
+    if row["pseudo"]:
+        return Style.PSEUDO
+    if oid == CHAR:
+        return Style.CODE
+    if oid < FIRST_USER_OID and not row["composite"]:
+        return Style.QUOTED if row["fits_array"] else Style.TEXT
+    return Style.PACKED if row["fits_array"] else Style.RECORDS
+
+
+def _style_of_column(style: Optional[Style], typmod: int) -> Style:
+    """The style of a type, None: unknown here, with a modifier. Unnest loses a modifier, and a cast could be planted."""
+    if style is None or (style is Style.PACKED and typmod != -1):
+        return Style.RECORDS
+    return style
+
+
+def encode_rows(result: PGresult, columns: tuple[Column, ...]) -> Iterator[Rows]:
+    """All rows of a chunk: one batch, or more where it would be so big that the server's memory suffers."""
+    return _encode(result, columns, range(result.ntuples))
+
+
+def _encode(result: PGresult, columns: tuple[Column, ...], rows: range) -> Iterator[Rows]:
+    get_value = result.get_value
+    batch = Rows(
         tuple(
-            column.encode([get_value(row, position) for row in rows]) for position, column in enumerate(columns)
+            [column.encode(list(map(get_value, rows, repeat(place)))) for place, column in enumerate(columns)]
         )
     )
+    if len(rows) == 1 or batch.size() <= _BIG_BATCH_BYTES:
+        yield batch
+        return
+    del batch
+    middle = len(rows) // 2
+    yield from _encode(result, columns, rows[:middle])
+    yield from _encode(result, columns, rows[middle:])
 
 
 def tag_rows(tags: Iterable[bytes]) -> Rows:
@@ -151,16 +209,21 @@ def _char_code(value: bytes) -> int:
     return code - 256 if code > 127 else code
 
 
+def _packed(values: list[Optional[bytes]]) -> bytes:
+    return b'{"v":"' + _json_escaped(_quoted(values)) + b'"}'
+
+
 def _records(values: list[Optional[bytes]]) -> bytes:
     return b"[" + b",".join([_record(value) for value in values]) + b"]"
 
 
 def _record(value: Optional[bytes]) -> bytes:
-    if value is None:
-        return b'{"v":null}'
-    escaped = value.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
-    escaped = _CONTROL_CHARACTERS.sub(lambda found: b"\\u%04x" % found.group()[0], escaped)
-    return b'{"v":"' + escaped + b'"}'
+    return b'{"v":null}' if value is None else b'{"v":"' + _json_escaped(value) + b'"}'
+
+
+def _json_escaped(text: bytes) -> bytes:
+    escaped = text.replace(b"\\", b"\\\\").replace(b'"', b'\\"')
+    return _CONTROL_CHARACTERS.sub(lambda found: b"\\u%04x" % found.group()[0], escaped)
 
 
 def _pseudo(values: list[Optional[bytes]]) -> bytes:
@@ -177,7 +240,9 @@ def _pseudo(values: list[Optional[bytes]]) -> bytes:
 _ENCODERS = {
     Style.PLAIN: _plain,
     Style.QUOTED: _quoted,
+    Style.TEXT: _quoted,
     Style.CODE: _codes,
+    Style.PACKED: _packed,
     Style.RECORDS: _records,
     Style.PSEUDO: _pseudo,
 }
@@ -201,7 +266,9 @@ class TypeNames:
 
     def of(self, columns: tuple[Column, ...]) -> Optional[dict[tuple[int, int], _TypeName]]:
         """Names by (oid, typmod); None while a type is not visible here (its creation has not committed)."""
-        wanted = sorted({(column.type_oid, column.typmod) for column in columns if column.style is not Style.PSEUDO})
+        wanted = sorted(
+            {(column.type_oid, column.typmod) for column in columns if column.style is not Style.PSEUDO}
+        )
         rows = self._server.query(
             "SELECT t.oid, w.typmod, pg_catalog.quote_ident(n.nspname) AS schema,"
             " pg_catalog.quote_ident(t.typname) AS name,"
@@ -219,14 +286,19 @@ class TypeNames:
         return {(int(row["oid"]), row["typmod"]): _type_name(row) for row in rows}
 
 
-# Types that SQL spells with key words, whose modifier stands inside of the name; key words cannot be planted.
-_KEYWORD_TYPES = frozenset((1042, 1043, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, 1560, 1562, NUMERIC))
+# Types that SQL spells with key words, whose modifier may stand inside of the name, and their arrays; key words
+# cannot be planted.
+_KEYWORD_TYPES = frozenset(
+    (1042, 1043, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, 1560, 1562, NUMERIC)
+    + (1014, 1015, 1183, 1115, 1185, 1187, 1270, 1561, 1563, 1231)
+)
 _MODIFIER = re.compile(r"\([^()]*\)(?=(\[\])?$)")
 
 
 def _type_name(row: dict[str, object]) -> _TypeName:
-    plain = f"{row['schema']}.{row['name']}"
-    array = f"{row['schema']}.{row['array_name']}"
+    schema = _identifier(str(row["schema"]))
+    plain = f"{schema}.{_identifier(str(row['name']))}"
+    array = f"{schema}.{_identifier(str(row['array_name']))}"
     if row["typmod"] == -1:
         return _TypeName(plain, plain, array)
     if int(str(row["oid"])) in _KEYWORD_TYPES:
@@ -235,29 +307,91 @@ def _type_name(row: dict[str, object]) -> _TypeName:
     return _TypeName(plain + (modifier.group() if modifier else ""), plain, array)
 
 
+def _identifier(quoted: str) -> str:
+    """An identifier as quote_ident gave it, without a brace: "{schema}" in the query stands for something else."""
+    if "{" not in quoted:
+        return quoted
+    return "U&" + quoted.replace("\\", "\\\\").replace("{", "\\007B")
+
+
+# The instant whose text is r.c{n}: of those that show this local time in the session's zone the one that prints that
+# text; none where two print the same (clocks were set back, and the abbreviation stayed). Input would not do: there
+# an abbreviation has one meaning, whatever the zone.
+_ZONED = """CASE WHEN r.c{n} IS NULL THEN NULL
+    WHEN pg_catalog.right(r.c{n}, 8) OPERATOR(pg_catalog.=) 'infinity' THEN r.c{n}::pg_catalog.timestamptz
+    ELSE (
+        SELECT CASE WHEN pg_catalog.count(DISTINCT i.instant) OPERATOR(pg_catalog.=) 1::pg_catalog.int8
+                    THEN pg_catalog.min(i.instant)
+                    WHEN {{schema}}._pg_background_raise(pg_catalog.jsonb_build_object(
+                        'sqlstate', '0A000',
+                        'message', 'the result of the background worker holds a timestamp that cannot be read back',
+                        'detail', pg_catalog.format('"%s" stands for no single instant.', r.c{n}),
+                        'hint', 'Set DateStyle to ISO in the session that launches the worker.')) IS NULL
+                    THEN NULL END
+        FROM (SELECT pg_catalog.regexp_replace(r.c{n}, ' [^ ]+( BC)?$', '\\1')::pg_catalog.timestamp AS shown OFFSET 0) AS l,
+        LATERAL (
+            SELECT pg_catalog.timezone('UTC', l.shown) OPERATOR(pg_catalog.-) (
+                s.near::pg_catalog.timestamp OPERATOR(pg_catalog.-) pg_catalog.timezone('UTC', s.near)) AS instant
+            FROM (SELECT l.shown::pg_catalog.timestamptz OPERATOR(pg_catalog.+) h.around AS near
+                  FROM pg_catalog.unnest('{{-26:00,-3:00,0:00,3:00,26:00}}'::pg_catalog._interval) AS h(around)) AS s
+        ) AS i
+        WHERE i.instant::pg_catalog.text OPERATOR(pg_catalog.=) r.c{n}
+    ) END"""
+
+
 def rows_query(
-    columns: tuple[Column, ...], names: dict[tuple[int, int], _TypeName], batches: str, encoding: str
+    columns: tuple[Column, ...],
+    names: dict[tuple[int, int], _TypeName],
+    batches: str,
+    encoding: str,
+    *,
+    zoned: bool = False,
 ) -> str:
-    """The query that turns what `batches` (a call that returns SETOF bytea[]) delivers into typed rows."""
-    expressions = [_unnest(column, names, f"pg_catalog.convert_from(s.b[{position}], '{encoding}')")
-                   for position, column in enumerate(columns, 1)]
+    """The query that turns what `batches` (a call that returns SETOF bytea[]) delivers into typed rows.
+
+    zoned: a timestamptz comes with the abbreviation of its time zone.
+    """
+    places = range(1, len(columns) + 1)
+    calls = [
+        _rows_of(column, names, f"pg_catalog.convert_from(s.b[{place}], '{encoding}')", zoned=zoned)
+        for place, column in zip(places, columns)
+    ]
     source = f"FROM (SELECT {batches} AS b OFFSET 0) AS s"
-    if all(column.style is not Style.RECORDS for column in columns):
-        return "SELECT " + ", ".join(f"{call}{cast}" for call, cast in expressions) + " " + source
-    calls = ", ".join(call for call, _ in expressions)
-    outputs = ", ".join(f"r.c{position}{cast}" for position, (_, cast) in enumerate(expressions, 1))
-    names_list = ", ".join(f"c{position}" for position in range(1, len(columns) + 1))
-    return f"SELECT {outputs} {source}, LATERAL ROWS FROM ({calls}) AS r({names_list})"
+    any_records = any(column.style is Style.RECORDS for column in columns)
+    if not zoned and not any_records:
+        return f"SELECT {', '.join(call + _cast(column, names) for call, column in zip(calls, columns))} {source}"
+    if any_records:
+        aliases = ", ".join(f"c{place}" for place in places)
+        rows = f"{source}, LATERAL ROWS FROM ({', '.join(calls)}) AS r({aliases})"
+    else:
+        rows = f"FROM (SELECT {', '.join(f'{call} AS c{place}' for place, call in zip(places, calls))} {source}) AS r"
+    values = (
+        (_ZONED.format(n=place) if zoned and column.type_oid == TIMESTAMPTZ else f"r.c{place}")
+        + _cast(column, names)
+        for place, column in zip(places, columns)
+    )
+    return f"SELECT {', '.join(values)} {rows}"
 
 
-def _unnest(column: Column, names: dict[tuple[int, int], _TypeName], text: str) -> tuple[str, str]:
-    """(set-returning call, cast of each value) for a column."""
-    if column.style is Style.PSEUDO:
-        return f"pg_catalog.unnest({text}::pg_catalog._text)", ""
-    name = names[column.type_oid, column.typmod]
-    if column.style is Style.RECORDS:
-        return f"pg_catalog.json_to_recordset({text}::pg_catalog.json) AS (v {name.exact})", ""
+def _rows_of(column: Column, names: dict[tuple[int, int], _TypeName], text: str, *, zoned: bool) -> str:
+    """The set-returning call that turns a column's literal into values."""
     if column.style is Style.CODE:
-        return f"pg_catalog.unnest({text}::pg_catalog._int4)", '::pg_catalog."char"'
-    cast = "" if column.typmod == -1 else f"::{name.exact}"
-    return f"pg_catalog.unnest({text}::{name.array})", cast
+        return f"pg_catalog.unnest({text}::pg_catalog._int4)"
+    if column.style in (Style.TEXT, Style.PSEUDO) or (zoned and column.type_oid == TIMESTAMPTZ):
+        return f"pg_catalog.unnest({text}::pg_catalog._text)"
+    name = names[column.type_oid, column.typmod]
+    if column.style is Style.PACKED:
+        record = f"pg_catalog.json_to_record({text}::pg_catalog.json) AS r(v {name.array})"
+        return f"pg_catalog.unnest((SELECT r.v FROM {record}))"
+    if column.style is Style.RECORDS:
+        return f"pg_catalog.json_to_recordset({text}::pg_catalog.json) AS (v {name.exact})"
+    return f"pg_catalog.unnest({text}::{name.array})"
+
+
+def _cast(column: Column, names: dict[tuple[int, int], _TypeName]) -> str:
+    """What each value still needs to be of the exact type."""
+    if column.style is Style.CODE:
+        return '::pg_catalog."char"'
+    if column.style is Style.TEXT or (column.typmod != -1 and column.style in (Style.PLAIN, Style.QUOTED)):
+        return f"::{names[column.type_oid, column.typmod].exact}"
+    return ""

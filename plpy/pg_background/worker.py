@@ -68,6 +68,8 @@ class Worker:
         self.elapsed_ms = 0.0
         self.backlog = Backlog()
         self.started_settings: Mapping[str, str] = {}
+        self.dependence = output_settings.Dependence(())
+        self.reader_before: Mapping[str, str] = {}
         self._tags: list[bytes] = []
         self._statements = 1
         self._ended_settings: Optional[Mapping[str, str]] = None
@@ -141,15 +143,24 @@ class Worker:
             if not self.backlog and not self.ended:
                 self._server.wait_for(((self.session.connection.socket, READABLE),), None)
 
+    def written_under(self) -> Mapping[str, str]:
+        """The output settings of the rows; with several statements they are known at the end only."""
+        names_objects = "search_path" in self.dependence.settings
+        if names_objects or (self.dependence.settings and self._statements > 1):
+            self.wait(None)
+        written = self._ended_settings or self.started_settings
+        if names_objects and self.state is State.STOPPED:
+            same_role = self._server.caller() == self.role_oid
+            return output_settings.with_schemas(
+                self._server, self.session, self.dependence, written, same_role=same_role
+            )
+        return written
+
     def check_output_settings(self) -> None:
-        """0A000 when the job has changed settings on which its rows depend; once it has ended."""
-        if self.state is not State.STOPPED or self.columns is None:
-            return
-        touched = output_settings.touching(self.columns)
-        if touched and self._ended_settings is None:
-            self._ended_settings = _settings_of(self.session.run(output_settings.PROBE))
-        if touched and self._ended_settings is not None:
-            output_settings.refuse_changed(self.columns, self.started_settings, self._ended_settings)
+        """0A000 when a lone statement has changed settings on which its rows depend; once it has ended."""
+        if self.state is State.STOPPED and self.dependence.settings and self._statements == 1:
+            ended = output_settings.after_end(self._server, self.session, self.dependence)
+            output_settings.refuse_changed(self.dependence, self.started_settings, ended)
 
     def close(self) -> None:
         """Let go of the session and of all that was not read."""
@@ -189,13 +200,12 @@ class Worker:
                 self.columns = self._columns_of(result)
             if result.ntuples and not self.error:
                 try:
-                    rows = encode_rows(result, self.columns)
+                    for rows in encode_rows(result, self.columns):
+                        self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
                 except BackgroundError as error:
                     self._fail(error.report)
-                else:
-                    self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
         elif position == self._statements and self._statements > 1 and result.ntuples:
-            self._ended_settings = _settings_of(result)
+            self._ended_settings = output_settings.settings_of(self._server, result)
 
     def _columns_of(self, result: PGresult) -> tuple[Column, ...]:
         try:
@@ -241,7 +251,3 @@ class Worker:
         """Whether our cancel ended it: 57014, or 57P01 after the grace."""
         return self.cancel_requested and self.error is not None and self.error.sqlstate in ("57014", "57P01")
 
-
-def _settings_of(result: PGresult) -> dict[str, str]:
-    values = (result.get_value(0, position) or b"" for position in range(len(output_settings.NAMES)))
-    return {name: value.decode("utf-8", "replace") for name, value in zip(output_settings.NAMES, values)}
