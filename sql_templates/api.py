@@ -270,6 +270,7 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_checked", ("text",), "passes a reply of the runtime on, or raises the error it reports."),
     Internal("_pg_background_launch", ("text", "int4"), "starts a worker; reply: its handle."),
     Internal("_pg_background_launch_v1", ("text", "int4"), "starts a worker with cookie 0; reply: its pid."),
+    Internal("_pg_background_submit", ("text", "int4"), "starts a worker whose output is thrown away; reply: its handle."),
     Internal("_pg_background_open_result", ("int4", "int8"), "waits for rows; reply: the query that delivers them."),
     Internal("_pg_background_batches", ("int4",), "batches of an opened result, a literal for each column."),
     Internal("_pg_background_close_result", ("int4",), "ends the reading of a result; reply: nothing, or its error."),

@@ -38,7 +38,7 @@ class Backlog:
 
     def __init__(self) -> None:
         self._memory: deque[Item] = deque()
-        self._file: Optional[IO[bytes]] = None
+        self._file: IO[bytes] | None = None
         self._read_at = 0
         self._in_file = 0
         self.bytes_in_memory = 0
@@ -51,7 +51,7 @@ class Backlog:
             self._memory.append(item)
             self.bytes_in_memory += _size(item)
 
-    def popleft(self) -> Optional[Item]:
+    def popleft(self) -> Item | None:
         """Take the oldest item; None when there is none."""
         if self._memory:
             item = self._memory.popleft()

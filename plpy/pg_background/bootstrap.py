@@ -9,7 +9,7 @@ import importlib
 import importlib.abc
 import importlib.machinery
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, Optional
 
@@ -35,29 +35,22 @@ WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
 
 
 class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
-    """Finds pg_background and its modules in the database, and compiles each when it is first imported."""
+    """Finds pg_background and its modules, and compiles each when it is first imported."""
 
-    def __init__(self, plpy: Any) -> None:
-        self._plpy = plpy
+    def __init__(self, read_source: Callable[[str], str]) -> None:
+        self._read_source = read_source
 
     def find_spec(
-        self, fullname: str, path: Optional[Sequence[str]], target: Optional[ModuleType] = None
-    ) -> Optional[importlib.machinery.ModuleSpec]:
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         """The spec of a module of this package; None for any other."""
         if fullname != _PACKAGE and not fullname.startswith(_PACKAGE + "."):
             return None
-        return importlib.machinery.ModuleSpec(
-            fullname, self, origin=f"<{fullname}>", is_package=fullname == _PACKAGE
-        )
+        return importlib.machinery.ModuleSpec(fullname, self, origin=f"<{fullname}>", is_package=fullname == _PACKAGE)
 
     def get_source(self, fullname: str) -> str:
         """A module's source, as the install script carries it."""
-        module = "__init__" if fullname == _PACKAGE else fullname[len(_PACKAGE) + 1 :]
-        plan = self._plpy.prepare(_SOURCE_QUERY, ["pg_catalog.text"])
-        found = self._plpy.execute(plan, [_FUNCTION_PREFIX + module])
-        if len(found) != 1:
-            raise ImportError(f"the extension pg_background has no module {module}", name=fullname)
-        return str(found[0]["body"].split(_QUOTE)[1])
+        return self._read_source("__init__" if fullname == _PACKAGE else fullname[len(_PACKAGE) + 1 :])
 
     def get_code(self, fullname: str) -> Any:
         """The compiled module; tracebacks name it and its line."""
@@ -68,17 +61,37 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         return fullname == _PACKAGE
 
 
+def source_reader(plpy: Any) -> Callable[[str], str]:
+    """Reads a module's source from the extension of this database."""
+
+    def read(module: str) -> str:
+        plan = plpy.prepare(_SOURCE_QUERY, ["pg_catalog.text"])
+        found = plpy.execute(plan, [_FUNCTION_PREFIX + module])
+        if len(found) != 1:
+            raise ImportError(f"the extension pg_background has no module {module}", name=module)
+        return str(found[0]["body"].split(_QUOTE)[1])
+
+    return read
+
+
+def install_importer(read_source: Callable[[str], str]) -> None:
+    """Import the package's modules with read_source(module) from now on, and none that was imported before."""
+    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _Importer.__name__]
+    for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(_PACKAGE + ".")]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Importer(read_source))
+
+
 def load(plpy: Any, gd: dict[str, Any], key: str) -> Any:
     """The session's runtime, newly imported and kept in GD under `key`, which names version and sources.
 
     A runtime of other sources (before ALTER EXTENSION UPDATE, say) lets its workers go on to their ends first.
     """
-    sys.meta_path[:] = [finder for finder in sys.meta_path if type(finder).__name__ != _Importer.__name__]
-    for name in [name for name in sys.modules if name == _PACKAGE or name.startswith(_PACKAGE + ".")]:
-        del sys.modules[name]
     for old in [name for name in gd if name.startswith(_PACKAGE + " ")]:
         gd.pop(old).retire()
-    sys.meta_path.insert(0, _Importer(plpy))
+    read_source = source_reader(plpy)
+    install_importer(read_source)
     calls = importlib.import_module(_PACKAGE + ".calls")
-    gd[key] = runtime = calls.Runtime(plpy, gd.setdefault("memory of " + _PACKAGE, {}))
+    memory = gd.setdefault("memory of " + _PACKAGE, {})
+    gd[key] = runtime = calls.Runtime(plpy, memory, key, read_source)
     return runtime

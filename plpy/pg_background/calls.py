@@ -26,9 +26,8 @@ from .errors import (
 from .registry import Registry
 from .results import rows_query
 from .server import Server
-from .worker import Job, State, Worker
+from .worker import PREVIEW_CHARACTERS, Job, State, Worker
 
-_PREVIEW_CHARACTERS = 120
 _LAST_ERROR_CHARACTERS = 512
 _MAX_TIMEOUT_MS = 86_400_000
 
@@ -51,17 +50,16 @@ def _reply(method: Method) -> Method:
 class Runtime:
     """The extension in one session."""
 
-    def __init__(self, plpy: Any, memory: dict[str, Any]) -> None:
+    def __init__(self, plpy: Any, memory: dict[str, Any], digest: str, read_source: Callable[[str], str]) -> None:
         settings.define(memory)
         self._server = Server(plpy)
-        self._registry = Registry(self._server)
+        self._registry = Registry(self._server, digest, read_source)
         self._reading: dict[int, Reading] = {}
         self._reader_settings = output_settings.ReaderSettings(self._server)
 
     def retire(self) -> None:
         """Let all workers go on to their ends; another runtime takes over."""
-        for worker in list(self._registry.all()):
-            self._registry.release(worker)
+        self._registry.retire()
 
     def report_of(self, error: Exception) -> Report:
         """The report for an exception that the user is to see; re-raises what is a defect of ours."""
@@ -89,12 +87,23 @@ class Runtime:
     @_reply
     def launch_v1(self, sql: str, queue_size: int) -> str:
         """A pid."""
-        return str(self._launch(sql, queue_size, with_cookie=False).pid)
+        return str(self._launch(sql, queue_size, v1=True).pid)
 
-    def _launch(self, sql: str, queue_size: int, *, with_cookie: bool = True) -> Worker:
+    @_reply
+    def submit(self, sql: str, queue_size: int) -> str:
+        """A handle; the output is thrown away."""
+        worker = self._launch(sql, queue_size, submitted=True)
+        return f"({worker.pid},{worker.cookie})"
+
+    def _launch(self, sql: str, queue_size: int, *, v1: bool = False, submitted: bool = False) -> Worker:
         server = self._server
-        queue_bytes = settings.queue_bytes(server, queue_size)
-        max_workers = settings.value(server, settings.MAX_WORKERS)
+        job = Job(
+            sql,
+            settings.queue_bytes(server, queue_size),
+            submitted,
+            timeout_ms=settings.value(server, settings.WORKER_TIMEOUT),
+            idle_timeout_ms=settings.value(server, settings.POOL_IDLE_TIMEOUT),
+        )
         command = lexer.forbidden(sql, server.setting("standard_conforming_strings") == "on")
         if command is not None:
             raise background_error(
@@ -103,12 +112,12 @@ class Runtime:
                 detail="Its SQL runs as one implicit transaction, without a client of its own.",
                 hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
             )
-        return self._registry.launch(Job(sql, queue_bytes), max_workers, with_cookie=with_cookie)
+        return self._registry.launch(job, v1=v1)
 
     # --- reading ---
 
     @_reply
-    def open_result(self, pid: int, cookie: Optional[int]) -> str:
+    def open_result(self, pid: int, cookie: int | None) -> str:
         """Wait for the first rows; the query that delivers them, which calls `batches`."""
         worker = self._registry.find_for_result(pid, cookie)
         if worker.job.submitted:
@@ -118,7 +127,9 @@ class Runtime:
                 hint="Use pg_background_launch_v2 where results are wanted.",
             )
         if worker.consumed:
-            raise background_error(UNDEFINED_OBJECT, f"the results of the background worker with PID {pid} are being read")
+            raise background_error(
+                UNDEFINED_OBJECT, f"the results of the background worker with PID {pid} are being read"
+            )
         worker.wait_for_rows()
         if worker.error is not None and not worker.backlog:
             worker.wait(None)
@@ -201,8 +212,8 @@ class Runtime:
     # --- waiting and letting go ---
 
     @_reply
-    def wait(self, pid: int, cookie: Optional[int], timeout_ms: Optional[int]) -> str:
-        """"true" when the work has ended, "false" at the timeout."""
+    def wait(self, pid: int, cookie: int | None, timeout_ms: int | None) -> str:
+        """ "true" when the work has ended, "false" at the timeout."""
         deadline = None if timeout_ms is None else time.monotonic() + _clamp(timeout_ms, _MAX_TIMEOUT_MS) / 1000
         worker = self._registry.find(pid, cookie)
         ended = worker.wait(deadline)
@@ -210,7 +221,7 @@ class Runtime:
         return "true" if ended else "false"
 
     @_reply
-    def detach(self, pid: int, cookie: Optional[int]) -> str:
+    def detach(self, pid: int, cookie: int | None) -> str:
         """Stop tracking; the worker goes on."""
         self._registry.release(self._registry.find(pid, cookie))
         return ""
@@ -228,7 +239,7 @@ class Runtime:
                 "user_id": worker.role_oid,
                 "queue_size": worker.job.queue_size,
                 "state": worker.state.value,
-                "sql_preview": worker.job.sql[:_PREVIEW_CHARACTERS],
+                "sql_preview": worker.job.sql[:PREVIEW_CHARACTERS],
                 "last_error": worker.error.message[:_LAST_ERROR_CHARACTERS] if worker.error and worker.ended else None,
                 "consumed": worker.consumed,
             }
@@ -260,7 +271,7 @@ class Reading:
 
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
-        self.error: Optional[Report] = None
+        self.error: Report | None = None
         self.finished = False
 
 

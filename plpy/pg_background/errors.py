@@ -21,6 +21,7 @@ TOO_MANY_CONNECTIONS = "53300"
 CONFIGURATION_LIMIT_EXCEEDED = "53400"
 OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 QUERY_CANCELED = "57014"
+ADMIN_SHUTDOWN = "57P01"
 DEADLOCK_DETECTED = "40P01"
 INTERNAL_ERROR = "XX000"
 
@@ -34,16 +35,16 @@ class Report:
 
     sqlstate: str
     message: str
-    detail: Optional[str] = None
-    hint: Optional[str] = None
-    context: Optional[str] = None
-    schema_name: Optional[str] = None
-    table_name: Optional[str] = None
-    column_name: Optional[str] = None
-    datatype_name: Optional[str] = None
-    constraint_name: Optional[str] = None
+    detail: str | None = None
+    hint: str | None = None
+    context: str | None = None
+    schema_name: str | None = None
+    table_name: str | None = None
+    column_name: str | None = None
+    datatype_name: str | None = None
+    constraint_name: str | None = None
     severity: str = "ERROR"
-    worker_pid: Optional[int] = None
+    worker_pid: int | None = None
 
     def to_json(self) -> str:
         """The fields that are there, as a JSON object."""

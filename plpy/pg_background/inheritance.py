@@ -55,6 +55,8 @@ class Inherited(NamedTuple):
     startup: bytes  # the value of the connection's `options`
     resets: tuple[tuple[bytes, bytes], ...]
     assign: bytes  # one query that sets the current values; empty when there are none
+    role_settings: tuple[str, ...] = ()  # what it was computed from, beside the launcher's settings
+    same_role: bool = False
 
 
 class Inheritance:
@@ -63,6 +65,8 @@ class Inheritance:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._contexts: dict[bytes, str] = {}
+        self._last_state = b""
+        self._last_inherited = self._last_computed = Inherited(b"", (), b"")
 
     def of(self, guc_state: bytes, role_settings: Iterable[str], *, same_role: bool) -> Inherited:
         """What the worker gets, given the serialized settings of now.
@@ -85,8 +89,24 @@ class Inheritance:
             options.update({name.encode(): b"0" for name in self._timeouts()})
         current = [s for s in settings if not self._is_privileged(s.name)]
         return Inherited(
-            _startup_options(options), tuple(sorted(plain_resets.items())), assignment(_output_exact(current))
+            startup_options(options),
+            tuple(sorted(plain_resets.items())),
+            assignment(_output_exact(current)),
+            tuple(role_settings),
+            same_role,
         )
+
+    def again(self, guc_state: bytes, inherited: Inherited) -> Inherited:
+        """What a session that was started with `inherited` gets for the settings of now."""
+        if guc_state != self._last_state or inherited != self._last_inherited:
+            computed = self.of(guc_state, inherited.role_settings, same_role=inherited.same_role)
+            self._last_state, self._last_inherited, self._last_computed = guc_state, inherited, computed
+        return self._last_computed
+
+    def fits(self, guc_state: bytes, inherited: Inherited) -> bool:
+        """Whether that session can take them on: what only its start could set must be the same."""
+        computed = self.again(guc_state, inherited)
+        return computed.startup == inherited.startup and computed.resets == inherited.resets
 
     def _timeouts(self) -> tuple[str, ...]:
         return (*_TIMEOUTS, "transaction_timeout") if self._server.major >= 17 else _TIMEOUTS
@@ -112,8 +132,7 @@ class Inheritance:
         asked |= applied_by_login - resets.keys()
         asked |= {name.encode() for name in _ALWAYS_RESET} - resets.keys()
         rows = self._server.query(
-            "SELECT s.name, s.reset_val FROM pg_catalog.pg_settings s"
-            " WHERE s.name OPERATOR(pg_catalog.=) ANY ($1)",
+            "SELECT s.name, s.reset_val FROM pg_catalog.pg_settings s WHERE s.name OPERATOR(pg_catalog.=) ANY ($1)",
             ["pg_catalog.text[]"],
             [sorted(self._server.decode(name) for name in asked)],
         )
@@ -154,7 +173,7 @@ def quote_literal(text: bytes) -> bytes:
     return b"E'" + text.replace(b"\\", b"\\\\").replace(b"'", b"''") + b"'"
 
 
-def _startup_options(options: dict[bytes, bytes]) -> bytes:
+def startup_options(options: dict[bytes, bytes]) -> bytes:
     """The connection parameter `options`: backslash escapes white space and itself."""
     words = []
     for name, value in options.items():

@@ -49,7 +49,7 @@ def import_pq() -> ModuleType:
             "58P01",
             "the Python package psycopg is not installed for the server's Python",
             detail=f"{error}. Looked in sys.path, which ends with {folder}.",
-            hint="Run \"python3 build.py install\", which puts psycopg beside the extension.",
+            hint='Run "python3 build.py install", which puts psycopg beside the extension.',
         ) from error
     finally:
         sys.setdlopenflags(flags)
@@ -98,12 +98,12 @@ class Loopback:
             )
         return [Login(int(row["oid"]), row["name"], tuple(row["settings"])) for row in rows]
 
-    def connect(self, login: Login, options: bytes) -> PGconn:
+    def connect(self, login: Login, options: bytes, application_name: str = APPLICATION_NAME) -> PGconn:
         """A connection as that role, not blocking. 08001 when the server does not let it in, 53300 when full."""
         if not self._server.has_free_slots(1):
             raise _too_many_connections()
         deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-        connection = self._pq.PGconn.connect_start(self._conninfo(login, options))
+        connection = self._pq.PGconn.connect_start(self._conninfo(login, options, application_name))
         try:
             self._finish_connecting(connection, deadline)
         except OSError as error:
@@ -134,7 +134,7 @@ class Loopback:
                 )
             state = connection.connect_poll()
 
-    def _conninfo(self, login: Login, options: bytes) -> bytes:
+    def _conninfo(self, login: Login, options: bytes, application_name: str) -> bytes:
         """Every parameter that an environment variable of the server could bend is given."""
         parameters = {
             b"host": self._socket_folder(),
@@ -142,7 +142,7 @@ class Loopback:
             b"dbname": self._server.encode(self._database_name()),
             b"user": self._server.encode(login.name),
             b"options": options,
-            b"application_name": APPLICATION_NAME.encode(),
+            b"application_name": application_name.encode(),
             b"client_encoding": self._server.encoding.encode(),
             b"gssencmode": b"disable",
             b"sslmode": b"disable",
@@ -164,9 +164,7 @@ class Loopback:
         )
 
     def _database_name(self) -> str:
-        return str(
-            self._server.query("SELECT pg_catalog.current_database()::pg_catalog.text AS name")[0]["name"]
-        )
+        return str(self._server.query("SELECT pg_catalog.current_database()::pg_catalog.text AS name")[0]["name"])
 
     def _refused(self, login: Login, message: str) -> Exception:
         if not self._server.has_free_slots(1):
@@ -175,8 +173,7 @@ class Loopback:
             UNABLE_TO_CONNECT,
             f'a background worker could not log in as "{login.name}" over the unix socket',
             detail=f"The server answered: {message}",
-            hint=f'Add "local all {login.name} peer" to the top of pg_hba.conf, then run'
-            " SELECT pg_reload_conf().",
+            hint=f'Add "local all {login.name} peer" to the top of pg_hba.conf, then run SELECT pg_reload_conf().',
         )
 
 

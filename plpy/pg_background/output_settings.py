@@ -205,9 +205,7 @@ def after_end(server: Server, session: WorkerSession, dependence: Dependence) ->
     """What the settings are now that the job has ended; the worker must be asked for some of them."""
     if not _REPORTED.issuperset(dependence.settings):
         return settings_of(server, session.run(PROBE))
-    return {
-        name: server.decode(session.connection.parameter_status(name.encode()) or b"") for name in _REPORTED
-    }
+    return {name: server.decode(session.connection.parameter_status(name.encode()) or b"") for name in _REPORTED}
 
 
 def with_schemas(

@@ -2,75 +2,161 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterator
-from typing import Optional
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Optional
 
+from . import messages, settings
+from .control import Control
 from .errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
     INSUFFICIENT_PRIVILEGE,
     OBJECT_NOT_IN_PREREQUISITE_STATE,
+    TOO_MANY_CONNECTIONS,
     UNDEFINED_OBJECT,
     BackgroundError,
     background_error,
 )
 from .inheritance import Inheritance
 from .loopback import Loopback
+from .pool import Pool
 from .results import TypeNames, TypeStyles
-from .server import Server
+from .server import READABLE, Server
 from .session import WorkerSession
 from .worker import Job, State, Worker
 
-_COOKIE_BITS = 63
+# A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
+_SLOT_RETRY_S = 0.05
 
 
 class Registry:
     """Starts workers, finds them by handle, and lets them go."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, digest: str, read_source: Callable[[str], str]) -> None:
         self.server = server
         self.type_names = TypeNames(server)
         self._styles = TypeStyles(server)
         self._inheritance = Inheritance(server)
-        self._loopback: Optional[Loopback] = None
-        self._workers: dict[int, Worker] = {}
+        self._loopback: Loopback | None = None
+        self.control = Control(server, self._loopback_of_session, digest, read_source)
+        self.control.listener = self
+        self._pool = Pool(server)
+        self._workers: dict[int, Worker] = {}  # tracked, by pid
+        self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
+        self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
         self.counts = dict.fromkeys(State, 0)
         self.launched = 0
         self._elapsed_ms = 0.0
-        self._counted: set[int] = set()
 
-    def launch(self, job: Job, max_workers: int, *, with_cookie: bool = True) -> Worker:
-        """Start a worker as the caller; it is tracked once its SQL has been sent. 53400 at max_workers."""
-        self._require_room(max_workers)
-        if self._loopback is None:
-            self._loopback = Loopback(self.server)
-        role_oid = self.server.caller()
-        session = WorkerSession.start(self.server, self._loopback, self._inheritance, role_oid)
-        worker = Worker(self.server, self._styles, session, job, _random_cookie() if with_cookie else 0)
+    # --- starting ---
+
+    def launch(self, job: Job, *, v1: bool = False) -> Worker:
+        """Start a worker as the caller; it is tracked once its SQL has been sent.
+
+        53400 at max_workers, 53300 where the server has no connection left, each after launch_timeout.
+        """
+        deadline = time.monotonic() + settings.value(self.server, settings.LAUNCH_TIMEOUT) / 1000
+        max_workers = settings.value(self.server, settings.MAX_WORKERS)
+        self.control.hear()
+        self._wait_for_room(max_workers, deadline)
+        session = self._session(deadline)
+        worker = Worker(self.server, self._styles, self.control, session, job, v1=v1)
         try:
+            if job.submitted:
+                self._elsewhere[worker.key] = worker
             worker.start()
         except BaseException:
-            worker.close()
+            self._elsewhere.pop(worker.key, None)
+            self._end_session(session)
             raise
         self._workers[worker.pid] = worker
         self.launched += 1
         return worker
 
-    def _require_room(self, max_workers: int) -> None:
-        if len(self._workers) < max_workers:
-            return
-        for worker in [w for w in self.all() if w.job.submitted and w.ended]:
+    def _wait_for_room(self, max_workers: int, deadline: float) -> None:
+        """Let ended submitted workers go when their room is needed; then wait until one more has ended."""
+        while len(self._workers) >= max_workers:
+            done = [worker for worker in self.all() if worker.job.submitted and worker.ended]
+            if done:
+                self.release(done[0])
+            elif not self._wait_for_an_end(deadline):
+                raise background_error(
+                    CONFIGURATION_LIMIT_EXCEEDED,
+                    f"this session tracks {len(self._workers)} background workers already",
+                    detail=f"pg_background.max_workers is {max_workers}.",
+                    hint="Read the results of finished workers, detach some, raise pg_background.max_workers,"
+                    " or set pg_background.launch_timeout to wait.",
+                )
+
+    def _wait_for_an_end(self, deadline: float) -> bool:
+        """Wait until a submitted worker has ended; False at the deadline, or if there is none."""
+        if time.monotonic() >= deadline or not any(w.job.submitted for w in self._workers.values()):
+            return False
+        self.control.hear_or_replace()
+        descriptor = self.control.descriptor
+        assert descriptor is not None
+        return bool(self.server.wait_for(((descriptor, READABLE),), deadline))
+
+    def _session(self, deadline: float) -> WorkerSession:
+        """A session of the caller's role, with the caller's settings: a kept one, or a new one."""
+        role_oid, guc_state = self.server.caller(), self.server.guc_state()
+        if settings.value(self.server, settings.POOL_SIZE):
+            while True:
+                session = self._pool.take(role_oid, guc_state, self._inheritance, self._workers)
+                if session is None or session.finish_clean_up():
+                    break
+                self._end_session(session)
+            if session is not None:
+                return self._renew(session, guc_state)
+        return self._new_session(role_oid, guc_state, deadline)
+
+    def _renew(self, session: WorkerSession, guc_state: bytes) -> WorkerSession:
+        if session.guc_state != guc_state:
+            try:
+                session.inherit(self._inheritance.again(guc_state, session.inherited))
+                session.guc_state = guc_state
+            except BaseException:
+                self._end_session(session)
+                raise
+        return session
+
+    def _new_session(self, role_oid: int, guc_state: bytes, deadline: float) -> WorkerSession:
+        while True:
+            try:
+                session = WorkerSession.start(
+                    self.server, self._loopback_of_session(), self._inheritance, role_oid, guc_state
+                )
+            except BackgroundError as error:
+                if error.report.sqlstate != TOO_MANY_CONNECTIONS:
+                    raise
+                self._drop_idle_sessions()
+                if time.monotonic() >= deadline:
+                    raise
+                self.server.wait_for((), min(deadline, time.monotonic() + _SLOT_RETRY_S))
+            else:
+                self._forget_ended_with_pid(session.pid)
+                return session
+
+    def _drop_idle_sessions(self) -> None:
+        for session in self._pool.drop_all():
+            self._end_session(session)
+
+    def _forget_ended_with_pid(self, pid: int) -> None:
+        """The operating system has given the pid of an ended submitted worker to a new session."""
+        worker = self._workers.get(pid)
+        if worker is not None:
             self.release(worker)
-        if len(self._workers) >= max_workers:
-            raise background_error(
-                CONFIGURATION_LIMIT_EXCEEDED,
-                f"this session tracks {len(self._workers)} background workers already",
-                detail=f"pg_background.max_workers is {max_workers}.",
-                hint="Read the results of finished workers, detach some, or raise pg_background.max_workers.",
-            )
+
+    def _loopback_of_session(self) -> Loopback:
+        if self._loopback is None:
+            self._loopback = Loopback(self.server)
+        return self._loopback
+
+    # --- finding ---
 
     def all(self) -> Iterator[Worker]:
         """The tracked workers, oldest first, each with its state brought up to date."""
+        self.control.hear()
         for worker in list(self._workers.values()):
             self.refresh(worker)
             yield worker
@@ -80,36 +166,44 @@ class Registry:
         worker.look()
         self.count_end(worker)
 
-    def find(self, pid: int, cookie: Optional[int]) -> Worker:
+    def tracked(self, pid: int) -> Worker | None:
+        """The tracked worker with this pid."""
+        return self._workers.get(pid)
+
+    def find(self, pid: int, cookie: int | None) -> Worker:
         """The tracked worker with this handle; cookie None: by pid alone.
 
         42704: not tracked. 55000: tracked, but with another cookie. 42501: of a role the caller is no member of.
         """
         worker = self._workers.get(pid)
         if worker is None:
-            raise _not_tracked(pid)
+            raise not_tracked(pid)
         if cookie is not None and cookie != worker.cookie:
             raise background_error(
                 OBJECT_NOT_IN_PREREQUISITE_STATE,
                 f"cookie {cookie} does not match that of the background worker with PID {pid}",
                 hint="The handle is of an earlier worker, whose pid this one has now.",
             )
-        if not self.may_manage(worker.role_oid):
-            raise background_error(
-                INSUFFICIENT_PRIVILEGE,
-                f"permission denied for the background worker with PID {pid}",
-                hint="Only members of the role that launched it may manage it.",
-            )
+        self.require_membership(worker.role_oid, pid)
         return worker
 
-    def find_for_result(self, pid: int, cookie: Optional[int]) -> Worker:
+    def find_for_result(self, pid: int, cookie: int | None) -> Worker:
         """As find, but another cookie is 42704 too: those results are gone."""
         try:
             return self.find(pid, cookie)
         except BackgroundError as error:
             if error.report.sqlstate != OBJECT_NOT_IN_PREREQUISITE_STATE:
                 raise
-            raise _not_tracked(pid) from error
+            raise not_tracked(pid) from error
+
+    def require_membership(self, role_oid: int, pid: int) -> None:
+        """42501 unless the caller is a member of the role."""
+        if not self.may_manage(role_oid):
+            raise background_error(
+                INSUFFICIENT_PRIVILEGE,
+                f"permission denied for the background worker with PID {pid}",
+                hint="Only members of the role that launched it may manage it.",
+            )
 
     def may_manage(self, role_oid: int) -> bool:
         """Whether the caller is that role, or a member of it."""
@@ -121,18 +215,87 @@ class Registry:
             )[0]["member"]
         )
 
+    # --- letting go ---
+
     def release(self, worker: Worker) -> None:
-        """Stop tracking a worker; if it still runs, it goes on to its end."""
+        """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
-        self._counted.discard(worker.cookie or worker.pid)
-        worker.close()
+        worker.backlog.clear()
+        if not worker.ended:
+            worker.detached = True
+            self._elsewhere[worker.key] = worker
+            self.control.tell([messages.DETACH, worker.pid])
+        elif not worker.job.submitted:
+            self._keep_or_end(worker)
+
+    def _keep_or_end(self, worker: Worker) -> None:
+        """Give a session back whose job was read to its end."""
+        session = worker.session
+        size = settings.value(self.server, settings.POOL_SIZE)
+        if worker.is_reusable and self._pool.has_room(size):
+            try:
+                session.send_clean_up(settings.value(self.server, settings.POOL_IDLE_TIMEOUT))
+            except Exception:
+                self._end_session(session)
+                raise
+            self._pool.put(session)
+        else:
+            self._end_session(session)
+
+    def _end_session(self, session: WorkerSession) -> None:
+        session.close()
+        if session.known_to_supervisor:
+            self.control.tell_if_connected([messages.CLOSED, session.pid])
+
+    def retire(self) -> None:
+        """Let all workers go on to their ends; another runtime takes over."""
+        for worker in list(self._workers.values()):
+            self.release(worker)
+        self._drop_idle_sessions()
+        self.control.close()
+
+    # --- news from the supervisor ---
+
+    def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
+        """A job that the supervisor reads has ended, or its session was cleaned for reuse."""
+        worker = self._elsewhere.pop(key, None)
+        if worker is not None and changes is not None:
+            worker.on_ended(changes)
+            self.count_end(worker)
+            self._cleaned_elsewhere[key] = worker.session
+            if worker.signaled:
+                clean_up = []
+        if clean_up is None:
+            return
+        session = self._cleaned_elsewhere.pop(key, None)
+        if session is None:
+            return
+        size = settings.value(self.server, settings.POOL_SIZE)
+        if self._pool.has_room(size) and session.is_own_user(clean_up):
+            self._pool.put(session)
+        else:
+            self._end_session(session)
+
+    def hand_over_again(self) -> None:
+        """Tell a new supervisor of every running job, with its socket."""
+        sessions = [worker.session for worker in [*self._workers.values(), *self._elsewhere.values()]]
+        for session in [*sessions, *self._pool.idle]:
+            session.known_to_supervisor = False
+        for session in self._cleaned_elsewhere.values():
+            session.close()  # its clean-up was read by nobody
+        self._cleaned_elsewhere.clear()
+        running = [*self._elsewhere.values(), *(w for w in self._workers.values() if not w.read_elsewhere)]
+        for worker in running:
+            if not worker.ended:
+                worker.tell_supervisor(again=True)
+
+    # --- counting ---
 
     def count_end(self, worker: Worker) -> None:
         """Count an ended worker, once."""
-        key = worker.cookie or worker.pid
-        if worker.ended and key not in self._counted:
-            self._counted.add(key)
+        if worker.ended and not worker.counted:
+            worker.counted = True
             self.counts[worker.state] += 1
             self._elapsed_ms += worker.elapsed_ms
 
@@ -142,14 +305,10 @@ class Registry:
         return self._elapsed_ms / ended if ended else 0.0
 
 
-def _random_cookie() -> int:
-    return secrets.randbits(_COOKIE_BITS) or 1
-
-
-def _not_tracked(pid: int) -> BackgroundError:
+def not_tracked(pid: int) -> BackgroundError:
+    """42704: no such worker in this session."""
     return background_error(
         UNDEFINED_OBJECT,
         f"this session tracks no background worker with PID {pid}",
-        hint="Its result was read, it was detached, or another session launched it."
-        " See pg_background_list_v2().",
+        hint="Its result was read, it was detached, or another session launched it. See pg_background_list_v2().",
     )

@@ -22,9 +22,7 @@ from .server import Server
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
 
-FIRST_USER_OID = (
-    16384  # FirstNormalObjectId: below it are objects of initdb, owned by the bootstrap superuser
-)
+FIRST_USER_OID = 16384  # FirstNormalObjectId: below it are objects of initdb, owned by the bootstrap superuser
 
 BOOL, CHAR, INT8, INT2, INT4, TEXT, OID, FLOAT4, FLOAT8 = 16, 18, 20, 21, 23, 25, 26, 700, 701
 DATE, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, NUMERIC = 1082, 1083, 1114, 1184, 1186, 1266, 1700
@@ -77,7 +75,7 @@ class Column(NamedTuple):
     typmod: int
     style: Style
 
-    def encode(self, values: list[Optional[bytes]]) -> bytes:
+    def encode(self, values: list[bytes | None]) -> bytes:
         """A batch of the column's values as one literal."""
         return _ENCODERS[self.style](values)
 
@@ -140,7 +138,7 @@ def _style_of(row: dict[str, Any]) -> Style:
     return Style.PACKED if row["fits_array"] else Style.RECORDS
 
 
-def _style_of_column(style: Optional[Style], typmod: int) -> Style:
+def _style_of_column(style: Style | None, typmod: int) -> Style:
     """The style of a type, None: unknown here, with a modifier. Unnest loses a modifier, and a cast could be planted."""
     if style is None or (style is Style.PACKED and typmod != -1):
         return Style.RECORDS
@@ -155,9 +153,7 @@ def encode_rows(result: PGresult, columns: tuple[Column, ...]) -> Iterator[Rows]
 def _encode(result: PGresult, columns: tuple[Column, ...], rows: range) -> Iterator[Rows]:
     get_value = result.get_value
     batch = Rows(
-        tuple(
-            [column.encode(list(map(get_value, rows, repeat(place)))) for place, column in enumerate(columns)]
-        )
+        tuple([column.encode(list(map(get_value, rows, repeat(place)))) for place, column in enumerate(columns)])
     )
     if len(rows) == 1 or batch.size() <= _BIG_BATCH_BYTES:
         yield batch
@@ -173,14 +169,14 @@ def tag_rows(tags: Iterable[bytes]) -> Rows:
     return Rows((_quoted(list(tags)),))
 
 
-def _plain(values: list[Optional[bytes]]) -> bytes:
+def _plain(values: list[bytes | None]) -> bytes:
     try:
         return b"{" + b",".join(values) + b"}"  # type: ignore[arg-type]
     except TypeError:  # a NULL
         return b"{" + b",".join([b"NULL" if value is None else value for value in values]) + b"}"
 
 
-def _quoted(values: list[Optional[bytes]]) -> bytes:
+def _quoted(values: list[bytes | None]) -> bytes:
     """Escaping in one go: NUL cannot occur in text, so that it can stand for the separator, and for NULL."""
     try:
         joined, nulls = b"\0".join(values), []  # type: ignore[arg-type]
@@ -196,7 +192,7 @@ def _quoted(values: list[Optional[bytes]]) -> bytes:
     return (b'{"' + b'","'.join(elements) + b'"}').replace(b'"\0"', b"NULL")
 
 
-def _codes(values: list[Optional[bytes]]) -> bytes:
+def _codes(values: list[bytes | None]) -> bytes:
     """Byte codes as signed numbers; from 16 on the server writes a byte above 127 as an octal escape."""
     return _plain([None if value is None else b"%d" % _char_code(value) for value in values])
 
@@ -209,15 +205,15 @@ def _char_code(value: bytes) -> int:
     return code - 256 if code > 127 else code
 
 
-def _packed(values: list[Optional[bytes]]) -> bytes:
+def _packed(values: list[bytes | None]) -> bytes:
     return b'{"v":"' + _json_escaped(_quoted(values)) + b'"}'
 
 
-def _records(values: list[Optional[bytes]]) -> bytes:
+def _records(values: list[bytes | None]) -> bytes:
     return b"[" + b",".join([_record(value) for value in values]) + b"]"
 
 
-def _record(value: Optional[bytes]) -> bytes:
+def _record(value: bytes | None) -> bytes:
     return b'{"v":null}' if value is None else b'{"v":"' + _json_escaped(value) + b'"}'
 
 
@@ -226,7 +222,7 @@ def _json_escaped(text: bytes) -> bytes:
     return _CONTROL_CHARACTERS.sub(lambda found: b"\\u%04x" % found.group()[0], escaped)
 
 
-def _pseudo(values: list[Optional[bytes]]) -> bytes:
+def _pseudo(values: list[bytes | None]) -> bytes:
     """void's value is the empty text; the value of any other pseudo-type has no input function."""
     if any(values):
         raise background_error(
@@ -264,11 +260,9 @@ class TypeNames:
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    def of(self, columns: tuple[Column, ...]) -> Optional[dict[tuple[int, int], _TypeName]]:
+    def of(self, columns: tuple[Column, ...]) -> dict[tuple[int, int], _TypeName] | None:
         """Names by (oid, typmod); None while a type is not visible here (its creation has not committed)."""
-        wanted = sorted(
-            {(column.type_oid, column.typmod) for column in columns if column.style is not Style.PSEUDO}
-        )
+        wanted = sorted({(column.type_oid, column.typmod) for column in columns if column.style is not Style.PSEUDO})
         rows = self._server.query(
             "SELECT t.oid, w.typmod, pg_catalog.quote_ident(n.nspname) AS schema,"
             " pg_catalog.quote_ident(t.typname) AS name,"
@@ -366,8 +360,7 @@ def rows_query(
     else:
         rows = f"FROM (SELECT {', '.join(f'{call} AS c{place}' for place, call in zip(places, calls))} {source}) AS r"
     values = (
-        (_ZONED.format(n=place) if zoned and column.type_oid == TIMESTAMPTZ else f"r.c{place}")
-        + _cast(column, names)
+        (_ZONED.format(n=place) if zoned and column.type_oid == TIMESTAMPTZ else f"r.c{place}") + _cast(column, names)
         for place, column in zip(places, columns)
     )
     return f"SELECT {', '.join(values)} {rows}"

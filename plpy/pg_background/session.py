@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Optional
 
 from . import switch
 from .errors import CONNECTION_FAILURE, INTERNAL_ERROR, BackgroundError, Report, background_error
 from .inheritance import Inheritance, Inherited
 from .loopback import Loopback
+from .process import process_start
 from .server import READABLE, WRITABLE, Server
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
+_WRITE_BYTES = 1 << 16
+_IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 
 # Fields of the protocol's ErrorResponse and NoticeResponse.
@@ -31,6 +35,12 @@ _FIELD_CODES = {
     "severity": ord("V"),
 }
 
+# What a job may have left behind: DISCARD ALL, spelled out, since that cannot share its query with others.
+_FORGET_JOB = (
+    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; DEALLOCATE ALL; UNLISTEN *;"
+    b" SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES; RESET ROLE; "
+)
+
 # In a query of its own: only what is committed proves anything.
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
 _WHO_AM_I = (
@@ -42,7 +52,7 @@ _WHO_AM_I = (
 )
 
 
-def report_of(result: PGresult, server: Server, worker_pid: Optional[int] = None) -> Report:
+def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -> Report:
     """An ErrorResponse or NoticeResponse as a Report."""
     fields = {}
     for name, code in _FIELD_CODES.items():
@@ -56,7 +66,7 @@ def report_of(result: PGresult, server: Server, worker_pid: Optional[int] = None
     return Report(worker_pid=worker_pid, **{"message": "", **fields})  # type: ignore[arg-type]
 
 
-def backend_died(worker_pid: Optional[int], detail: Optional[str] = None) -> Report:
+def backend_died(worker_pid: int | None, detail: str | None = None) -> Report:
     """08006: the worker's backend is gone."""
     return Report(
         CONNECTION_FAILURE,
@@ -74,13 +84,19 @@ class WorkerSession:
         self.connection = connection
         self.role_oid = role_oid
         self.pid = connection.backend_pid
-        self.pidfd = _pidfd_open(self.pid)
+        self.process_start = process_start(self.pid)
+        self.inherited = Inherited(b"", (), b"")
+        self.guc_state = b""
+        self.known_to_supervisor = False
+        self.closed = False
+        self._cleaning = False
 
     @classmethod
-    def start(cls, server: Server, loopback: Loopback, inheritance: Inheritance, role_oid: int) -> WorkerSession:
+    def start(
+        cls, server: Server, loopback: Loopback, inheritance: Inheritance, role_oid: int, guc_state: bytes
+    ) -> WorkerSession:
         """Log in, become the role, prove it, and set what it inherits."""
-        guc_state = server.guc_state()
-        refused: Optional[BackgroundError] = None
+        refused: BackgroundError | None = None
         for login in loopback.logins():
             inherited = inheritance.of(guc_state, login.settings, same_role=login.oid == role_oid)
             try:
@@ -96,6 +112,7 @@ class WorkerSession:
             except BaseException:
                 session.close()
                 raise
+            session.guc_state = guc_state
             return session
         assert refused is not None
         raise refused
@@ -104,6 +121,11 @@ class WorkerSession:
         if not same_role:
             self.run(self._switch_block(inherited))
         self.verify()
+        self.inherit(inherited)
+
+    def inherit(self, inherited: Inherited) -> None:
+        """Set the launcher's current values."""
+        self.inherited = inherited
         if inherited.assign:
             self.run(inherited.assign)
 
@@ -117,22 +139,66 @@ class WorkerSession:
         """Prove that the session's user is the role, and that nothing leads back to another."""
         self.run(_FORGET_ROLES)
         row = self.run(_WHO_AM_I)
-        current, session, is_superuser, role_is_superuser = (row.get_value(0, column) for column in range(4))
-        expected = str(self.role_oid).encode()
-        if current != expected or session != expected or is_superuser != role_is_superuser:
+        users = [row.get_value(0, column) for column in range(row.nfields)]
+        if not self.is_own_user([self._server.decode(user or b"") for user in users]):
             raise background_error(
                 INTERNAL_ERROR,
                 "the background worker did not become the launching role",
-                detail=f"Its users are {current!r} and {session!r}, expected was {expected!r};"
-                f" is_superuser is {is_superuser!r}.",
+                detail=f"Its users are {users!r}, expected was role {self.role_oid}.",
                 hint="The worker was closed. Please report this with the server's version.",
             )
+
+    def is_own_user(self, row: Sequence[str | None]) -> bool:
+        """Whether a row of _WHO_AM_I names the role, and its own power only."""
+        own = str(self.role_oid)
+        return len(row) == 4 and row[0] == own and row[1] == own and row[2] == row[3]
+
+    # --- between two jobs ---
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether the connection lives and is outside of a transaction."""
+        return self.connection.transaction_status == _IDLE
+
+    def clean_up_query(self, idle_timeout_ms: int) -> bytes:
+        """One query that makes this session as a fresh one, and whose last row proves whose it is."""
+        idle = b"SET idle_session_timeout = %d; " % idle_timeout_ms
+        assign = self.inherited.assign + b"; " if self.inherited.assign else b""
+        return _FORGET_JOB + idle + assign + _WHO_AM_I
+
+    def send_clean_up(self, idle_timeout_ms: int) -> None:
+        """Send that query; finish_clean_up reads its answer when the session is wanted again."""
+        self.connection.send_query(self.clean_up_query(idle_timeout_ms))
+        self._cleaning = True
+        self.flush()
+
+    def finish_clean_up(self) -> bool:
+        """Whether the session may be used again. Seldom waits: the answer has come long ago."""
+        if not self._cleaning:
+            return not self._has_news()
+        self._cleaning = False
+        try:
+            row = self._last_result()
+        except BackgroundError:
+            return False
+        while self.connection.notifies() is not None:
+            continue
+        return self.is_own_user([self._server.decode(row.get_value(0, i) or b"") for i in range(row.nfields)])
+
+    def _has_news(self) -> bool:
+        """An idle connection has nothing to say but its end."""
+        return self._server.is_readable(self.connection.socket)
+
+    # --- traffic ---
 
     def run(self, sql: bytes) -> PGresult:
         """Run a query of the set-up and wait for its last result; its error becomes ours."""
         self.connection.send_query(sql)
         self.flush()
-        last: Optional[PGresult] = None
+        return self._last_result()
+
+    def _last_result(self) -> PGresult:
+        last: PGresult | None = None
         while True:
             while self.connection.is_busy():
                 self._server.wait_for(((self.connection.socket, READABLE),), None)
@@ -154,27 +220,34 @@ class WorkerSession:
             if ready:
                 self.connection.consume_input()
 
+    def write(self, packet: bytes, before_waiting: Callable[[bool], None]) -> None:
+        """Send messages past libpq, which stays idle; before_waiting(True) when not all fits at once."""
+        sent = self._write_some(packet)
+        if sent == len(packet):
+            return
+        before_waiting(True)
+        while sent < len(packet):
+            self._server.wait_for(((self.connection.socket, WRITABLE),), None)
+            sent += self._write_some(packet[sent : sent + _WRITE_BYTES])
+        before_waiting(False)
+
+    def _write_some(self, packet: bytes) -> int:
+        try:
+            return os.write(self.connection.socket, packet)
+        except BlockingIOError:
+            return 0
+
     def close(self) -> None:
         """End the connection. What is under way goes on to its end unless it has much to say."""
+        self.closed = True
         self.connection.finish()
-        if self.pidfd is not None:
-            os.close(self.pidfd)
-            self.pidfd = None
 
 
 def _source_of_switch() -> str:
     loader = switch.__spec__.loader if switch.__spec__ else None
-    source: Optional[str] = loader.get_source(switch.__name__)  # type: ignore[union-attr]
+    source: str | None = loader.get_source(switch.__name__)  # type: ignore[union-attr]
     assert source is not None
     return source
-
-
-def _pidfd_open(pid: int) -> Optional[int]:
-    """A descriptor of the process itself, so that a signal cannot reach another one; None before Linux 5.3."""
-    try:
-        return os.pidfd_open(pid)
-    except (AttributeError, OSError):
-        return None
 
 
 def _system_user(server: Server) -> tuple[bytes, bytes]:

@@ -44,7 +44,19 @@ WORKER_TIMEOUT = Definition(
     2**31 - 1,
     "How long the whole SQL of a background worker may run; 0 means that statement_timeout holds.",
 )
-ALL = (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT)
+LAUNCH_TIMEOUT = Definition(
+    "pg_background.launch_timeout", "0", "ms", 0, 2**31 - 1, "How long a launch waits for a free slot before its error."
+)
+POOL_SIZE = Definition(
+    "pg_background.pool_size", "4", None, 0, 1000, "Idle worker sessions that a session keeps for reuse."
+)
+POOL_IDLE_TIMEOUT = Definition(
+    "pg_background.pool_idle_timeout", "60s", "ms", 0, 2**31 - 1, "An idle worker session ends itself after this."
+)
+HISTORY = Definition(
+    "pg_background.history", "1d", "ms", 0, 2**31 - 1, "How long the rows of finished background workers stay visible."
+)
+ALL = (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT, LAUNCH_TIMEOUT, POOL_SIZE, POOL_IDLE_TIMEOUT, HISTORY)
 
 
 def value(server: Server, definition: Definition) -> int:
@@ -53,9 +65,7 @@ def value(server: Server, definition: Definition) -> int:
     try:
         return parse_integer_setting(definition.name, text, definition.unit, definition.low, definition.high)
     except SettingError as error:
-        raise BackgroundError(
-            Report(INVALID_PARAMETER_VALUE, str(error.message), error.detail, error.hint)
-        ) from error
+        raise BackgroundError(Report(INVALID_PARAMETER_VALUE, str(error.message), error.detail, error.hint)) from error
 
 
 def queue_bytes(server: Server, queue_size: int) -> int:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import enum
+import secrets
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
-from . import output_settings
+from . import messages, output_settings, wire
 from .backlog import Backlog, Item
-from .errors import FEATURE_NOT_SUPPORTED, BackgroundError, Report
+from .control import Control
+from .errors import ADMIN_SHUTDOWN, FEATURE_NOT_SUPPORTED, QUERY_CANCELED, BackgroundError, Report
 from .lexer import statement_count
 from .results import TAG_COLUMN, Column, TypeStyles, encode_rows, tag_rows
 from .server import READABLE, Server
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 # What a wait keeps in memory of a worker's unread output, beyond its queue_size, before it goes to a file.
 _KEPT_BYTES = 4 * 1024 * 1024
 _NO_LIMIT = 1 << 62
+_KEY_BITS = 63
+PREVIEW_CHARACTERS = 120
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1000
 _TYPICAL_ROW_BYTES = 128
 
@@ -45,26 +50,38 @@ class Job(NamedTuple):
     sql: str
     queue_size: int
     submitted: bool = False
-    label: Optional[str] = None
+    label: str | None = None
+    timeout_ms: int = 0
+    idle_timeout_ms: int = 0
 
 
 class Worker:
-    """A job in a worker session, from the moment its SQL was sent."""
+    """A job in a worker session, from the moment its SQL was sent.
 
-    def __init__(self, server: Server, styles: TypeStyles, session: WorkerSession, job: Job, cookie: int) -> None:
+    `key` is random and names the job everywhere; the cookie is the same, but 0 for a worker of version 1.
+    """
+
+    def __init__(
+        self, server: Server, styles: TypeStyles, control: Control, session: WorkerSession, job: Job, *, v1: bool
+    ) -> None:
         self._server = server
         self._styles = styles
+        self._control = control
         self.session = session
         self.job = job
         self.pid = session.pid
-        self.cookie = cookie
+        self.key = secrets.randbits(_KEY_BITS) or 1
+        self.cookie = 0 if v1 else self.key
         self.role_oid = session.role_oid
         self.launched_at = datetime.now(timezone.utc)
         self.state = State.RUNNING
-        self.error: Optional[Report] = None
+        self.error: Report | None = None
         self.consumed = False
+        self.counted = False
+        self.detached = False
+        self.signaled = False  # a cancel may still be on its way: the session is not reused
         self.cancel_requested = False
-        self.columns: Optional[tuple[Column, ...]] = None
+        self.columns: tuple[Column, ...] | None = None
         self.elapsed_ms = 0.0
         self.backlog = Backlog()
         self.started_settings: Mapping[str, str] = {}
@@ -72,13 +89,20 @@ class Worker:
         self.reader_before: Mapping[str, str] = {}
         self._tags: list[bytes] = []
         self._statements = 1
-        self._ended_settings: Optional[Mapping[str, str]] = None
+        self._ended_settings: Mapping[str, str] | None = None
         self._started = time.monotonic()
 
     # --- running ---
 
     def start(self) -> None:
-        """Send the job. Several statements get one more, which tells the output settings they end with."""
+        """Send the job, and tell the supervisor."""
+        if self.job.submitted:
+            self._submit()
+        else:
+            self._launch()
+
+    def _launch(self) -> None:
+        """Several statements get one more, which tells the output settings that they end with."""
         self.started_settings = {name: self._server.required_setting(name) for name in output_settings.NAMES}
         sql = self.job.sql
         if ";" in sql:
@@ -91,6 +115,46 @@ class Worker:
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
         connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
         self.session.flush()
+        self.tell_supervisor()
+
+    def _submit(self) -> None:
+        """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
+        self._control.ensure()
+        self.tell_supervisor()
+        packet = wire.query_message(self._server.encode(self.job.sql))
+        packet += wire.query_message(self.session.clean_up_query(self.job.idle_timeout_ms))
+        self.session.write(packet, lambda writing: self._control.tell([messages.WRITING, self.pid, writing]))
+
+    def tell_supervisor(self, *, again: bool = False) -> None:
+        """Announce the job; the worker's socket goes with it if this supervisor has not got it yet.
+
+        again: another supervisor had it before, and may have read some of the answer.
+        """
+        session = self.session
+        extras = {
+            "probe": self._statements > 1,
+            "clean_ups": 1 if self.job.submitted else 0,
+            "timeout_ms": self.job.timeout_ms,
+            "unknown_position": again and (self.job.submitted or self.detached),
+        }
+        row = {
+            "key": self.key,
+            "pid": self.pid,
+            "cookie": self.cookie,
+            "role_oid": self.role_oid,
+            "label": self.job.label,
+            "submitted": self.job.submitted,
+            "queue_size": self.job.queue_size,
+            "sql_preview": self.job.sql[:PREVIEW_CHARACTERS],
+            "launched_at": self.launched_at.isoformat(),
+            "process_start": session.process_start,
+            "state": self.state.value,
+            "consumed": self.consumed,
+        }
+        self._control.ensure()
+        descriptor = None if session.known_to_supervisor else session.connection.socket
+        session.known_to_supervisor = True
+        self._control.tell([messages.JOB, row, extras], descriptor)
 
     @property
     def ended(self) -> bool:
@@ -112,18 +176,41 @@ class Worker:
             else:
                 self._take(result)
 
+    @property
+    def read_elsewhere(self) -> bool:
+        """Whether the supervisor reads this worker's socket, and tells us of its end."""
+        return self.job.submitted or self.detached
+
     def look(self) -> None:
         """Bring the state up to date without reading more than queue_size ahead."""
-        self.pump(self.job.queue_size)
+        if self.read_elsewhere:
+            self._control.hear()
+        else:
+            self.pump(self.job.queue_size)
 
-    def wait(self, deadline: Optional[float]) -> bool:
+    def wait(self, deadline: float | None) -> bool:
         """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
         while True:
-            self.pump(_NO_LIMIT)
+            self.advance()
             if self.ended:
                 return True
-            if not self._server.wait_for(((self.session.connection.socket, READABLE),), deadline):
+            if not self._server.wait_for((self.awaited(),), deadline):
                 return False
+
+    def advance(self) -> None:
+        """Take in all that there is."""
+        if self.read_elsewhere:
+            self._control.hear_or_replace()
+        else:
+            self.pump(_NO_LIMIT)
+
+    def awaited(self) -> tuple[int, int]:
+        """What to poll for news of this worker."""
+        if self.read_elsewhere:
+            descriptor = self._control.descriptor
+            assert descriptor is not None
+            return (descriptor, READABLE)
+        return (self.session.connection.socket, READABLE)
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
@@ -133,7 +220,7 @@ class Worker:
                 return
             self._server.wait_for(((self.session.connection.socket, READABLE),), None)
 
-    def next_item(self) -> Optional[Item]:
+    def next_item(self) -> Item | None:
         """The next batch of rows or notice, waiting for it; None at the end."""
         while True:
             item = self.backlog.popleft()
@@ -156,16 +243,32 @@ class Worker:
             )
         return written
 
+    @property
+    def is_reusable(self) -> bool:
+        """Whether the session can run another job: its connection lives, and no signal is on its way to it."""
+        timed = self.job.timeout_ms > 0 and self.state is State.ERROR
+        return not self.signaled and not timed and self.session.is_idle
+
     def check_output_settings(self) -> None:
         """0A000 when a lone statement has changed settings on which its rows depend; once it has ended."""
         if self.state is State.STOPPED and self.dependence.settings and self._statements == 1:
             ended = output_settings.after_end(self._server, self.session, self.dependence)
             output_settings.refuse_changed(self.dependence, self.started_settings, ended)
 
-    def close(self) -> None:
-        """Let go of the session and of all that was not read."""
-        self.backlog.clear()
-        self.session.close()
+    def on_ended(self, changes: Mapping[str, Any]) -> None:
+        """The supervisor has seen the end of a submitted or detached job."""
+        if changes["state"] != State.STOPPED.value and self.error is None:
+            names = ("schema_name", "table_name", "column_name", "datatype_name", "constraint_name")
+            self.error = Report(
+                changes.get("sqlstate") or "XX000",
+                changes.get("error_message") or "",
+                changes.get("error_detail"),
+                changes.get("error_hint"),
+                changes.get("error_context"),
+                worker_pid=self.pid,
+                **{name: changes.get(name) for name in names},
+            )
+        self._set_ended()
 
     # --- taking in ---
 
@@ -235,19 +338,57 @@ class Worker:
             self.error = report
 
     def _end(self) -> None:
-        """The job is over: commit or rollback has happened."""
+        """The job is over: commit or rollback has happened. The supervisor need not find out by itself."""
         if self.ended:
             return
+        if self._timed_out():
+            assert self.error is not None
+            self._replace_error("canceling background worker due to pg_background.worker_timeout")
+        if self.error is None and self.columns is None:
+            self.columns = (TAG_COLUMN,)
+            self.backlog.append(tag_rows(self._tags), _NO_LIMIT)
+        self._set_ended()
+        self._control.tell_if_connected([messages.FINISHED, self.key, self._changes()])
+
+    def _set_ended(self) -> None:
         self.elapsed_ms = (time.monotonic() - self._started) * 1000
         if self.error is None:
             self.state = State.STOPPED
-            if self.columns is None:
-                self.columns = (TAG_COLUMN,)
-                self.backlog.append(tag_rows(self._tags), _NO_LIMIT)
         else:
             self.state = State.CANCELED if self._was_canceled() else State.ERROR
 
+    def _changes(self) -> dict[str, Any]:
+        """What the end changes in the job's row."""
+        tag = self._tags[-1] if self._tags else b""
+        changes: dict[str, Any] = {"state": self.state.value}
+        if self.error is None:
+            changes.update(command_tag=self._server.decode(tag), row_count=wire.row_count(tag))
+            return changes
+        report = self.error
+        changes.update(
+            sqlstate=report.sqlstate,
+            error_message=report.message,
+            error_detail=report.detail,
+            error_hint=report.hint,
+            error_context=report.context,
+            schema_name=report.schema_name,
+            table_name=report.table_name,
+            column_name=report.column_name,
+            datatype_name=report.datatype_name,
+            constraint_name=report.constraint_name,
+        )
+        return {name: value for name, value in changes.items() if value is not None}
+
+    def _timed_out(self) -> bool:
+        """Whether worker_timeout ended it: the supervisor can only cancel, and the server does not know why."""
+        over = (time.monotonic() - self._started) * 1000 >= self.job.timeout_ms > 0
+        return over and not self.cancel_requested and self.error is not None and self.error.sqlstate == QUERY_CANCELED
+
+    def _replace_error(self, message: str) -> None:
+        assert self.error is not None
+        self.error = replace(self.error, message=message)
+
     def _was_canceled(self) -> bool:
         """Whether our cancel ended it: 57014, or 57P01 after the grace."""
-        return self.cancel_requested and self.error is not None and self.error.sqlstate in ("57014", "57P01")
-
+        ends = (QUERY_CANCELED, ADMIN_SHUTDOWN)
+        return self.cancel_requested and self.error is not None and self.error.sqlstate in ends

@@ -1,0 +1,284 @@
+"""A session's line to the supervisor: starts it where there is none, tells it of every worker, hears of their ends."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from typing import Any, Optional, Protocol
+
+from . import messages
+from .errors import INTERNAL_ERROR, BackgroundError, background_error
+from .inheritance import startup_options
+from .loopback import Loopback
+from .server import READABLE, WRITABLE, Server
+from .session import report_of
+
+ROLE = "pgbackground_supervisor"
+APPLICATION_NAME = "pg_background supervisor"
+_START_TIMEOUT_S = 30.0
+_RETRY_S = 0.002
+_MODULES = (
+    "__init__",
+    "bootstrap",
+    "messages",
+    "process",
+    "store",
+    "supervisor",
+    "supervisor_main",
+    "switch",
+    "units",
+    "wire",
+)
+# What an owner of the database could bend, and what must not end or slow the supervisor.
+_OPTIONS = {
+    b"role": b"none",
+    b"search_path": b"pg_catalog",
+    b"statement_timeout": b"0",
+    b"lock_timeout": b"0",
+    b"idle_in_transaction_session_timeout": b"0",
+    b"idle_session_timeout": b"0",
+    b"client_connection_check_interval": b"0",
+    b"client_min_messages": b"notice",
+    b"default_transaction_isolation": b"read committed",
+    b"default_transaction_read_only": b"off",
+    b"default_transaction_deferrable": b"off",
+    b"synchronous_commit": b"off",
+    b"exit_on_error": b"off",
+    b"jit": b"off",
+    b"log_min_error_statement": b"panic",  # its statement is all its modules
+}
+
+
+class Listener(Protocol):
+    """Who a session's news is for."""
+
+    def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
+        """A submitted or detached job has ended, or its connection was cleaned for reuse."""
+
+    def hand_over_again(self) -> None:
+        """A new supervisor knows nothing yet: tell it of every worker."""
+
+
+class Control:
+    """The control connection of this session."""
+
+    def __init__(
+        self, server: Server, loopback: Callable[[], Loopback], digest: str, read_source: Callable[[str], str]
+    ) -> None:
+        self._server = server
+        self._loopback = loopback
+        self._digest = digest
+        self._read_source = read_source
+        self._path = messages.socket_path(server.database_oid)
+        self._socket: socket.socket | None = None
+        self._requests = 0
+        self._replies: dict[int, Any] = {}
+        self._moved = False
+        self.listener: Listener | None = None
+
+    @property
+    def descriptor(self) -> int | None:
+        """What to poll for news; None where there is no connection."""
+        return None if self._socket is None else self._socket.fileno()
+
+    def ensure(self) -> None:
+        """Connect to the database's supervisor, which this starts where there is none."""
+        if self._socket is not None and not self._moved:
+            return
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        old, self._socket, self._moved = self._socket, None, False
+        while True:
+            connection = self._connect() or self._start_and_connect(deadline)
+            if connection is not None:
+                break
+            if time.monotonic() > deadline:
+                raise background_error(
+                    INTERNAL_ERROR,
+                    "the supervisor of background workers does not answer",
+                    hint="See the server log. Its backend shows as "
+                    f"'{APPLICATION_NAME}' in pg_stat_activity; pg_terminate_backend() makes room for another.",
+                )
+        self._socket = connection
+        if self.listener is not None:
+            self.listener.hand_over_again()
+        if old is not None:
+            self._leave(old)
+
+    def tell(self, message: list[Any], descriptor: int | None = None) -> None:
+        """Send a message. A supervisor that is gone is replaced first, and told of everything else."""
+        while True:
+            self.ensure()
+            assert self._socket is not None
+            try:
+                messages.send(self._socket, message, descriptor)
+            except BlockingIOError:
+                self._server.wait_for(((self._socket.fileno(), WRITABLE | READABLE),), None)
+                self.hear()
+            except OSError:
+                self._drop()
+            else:
+                return
+
+    def tell_if_connected(self, message: list[Any]) -> None:
+        """Send what only a supervisor that is there needs to know."""
+        if self._socket is not None:
+            try:
+                messages.send(self._socket, message)
+            except BlockingIOError:
+                self.tell(message)
+            except OSError:
+                self._drop()
+
+    def ask(self, kind: str, *arguments: Any, deadline: float | None = None) -> Any:
+        """Send a question and wait for its answer; TimeoutError at the deadline."""
+        self._requests += 1
+        request = self._requests
+        asked: socket.socket | None = None
+        while True:
+            self.ensure()
+            if self._socket is not asked:
+                self.tell([kind, request, *arguments])
+                asked = self._socket
+            self.hear()
+            if request in self._replies:
+                return self._replies.pop(request)
+            if self._socket is not None and not self._server.wait_for(((self._socket.fileno(), READABLE),), deadline):
+                raise TimeoutError
+
+    def hear(self) -> None:
+        """Take in all news that has come, without waiting."""
+        while self._socket is not None:
+            try:
+                received = messages.receive(self._socket)
+            except BlockingIOError:
+                return
+            except (OSError, messages.ProtocolError):
+                received = None
+            if received is None:
+                self._drop()
+                return
+            self._take(received.message)
+
+    def hear_or_replace(self) -> None:
+        """As hear; where the supervisor has gone, another is found, which does its work."""
+        self.hear()
+        if self._socket is None or self._moved:
+            self.ensure()
+
+    def close(self) -> None:
+        """Leave the supervisor."""
+        self._drop()
+
+    def _take(self, message: list[Any]) -> None:
+        kind, *arguments = message
+        if kind == messages.ENDED and self.listener is not None:
+            self.listener.on_ended(*arguments)
+        elif kind == messages.REPLY:
+            self._replies[arguments[0]] = arguments[1]
+        elif kind == messages.MOVED:
+            self._moved = True
+
+    def _drop(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
+    def _leave(self, old: socket.socket) -> None:
+        """Tell a supervisor that made room that its successor has everything; hear what it still had to say."""
+        try:
+            messages.send(old, [messages.MOVED_ON])
+            while True:
+                received = messages.receive(old)
+                if received is None:
+                    break
+                self._take(received.message)
+        except (OSError, messages.ProtocolError):
+            pass  # gone already, or nothing more to hear
+        finally:
+            old.close()
+
+    def _connect(self) -> socket.socket | None:
+        """A connection on which the supervisor has said welcome; None where there is none for us."""
+        connection = messages.control_socket()
+        try:
+            connection.setblocking(False)
+            connection.connect(self._path)
+            messages.send(connection, [messages.HELLO, self._digest])
+            deadline = time.monotonic() + _START_TIMEOUT_S
+            self._server.wait_for(((connection.fileno(), READABLE),), deadline)
+            received = messages.receive(connection)
+        except (OSError, messages.ProtocolError):
+            connection.close()
+            return None
+        except BaseException:
+            connection.close()
+            raise
+        if received is None or received.message[0] != messages.WELCOME:
+            connection.close()
+            return None
+        return connection
+
+    def _start_and_connect(self, deadline: float) -> socket.socket | None:
+        """Start a supervisor; where another session was faster, wait until its one listens."""
+        if not self._start():
+            self._server.wait_for((), min(deadline, time.monotonic() + _RETRY_S))
+        return self._connect()
+
+    def _start(self) -> bool:
+        """True when a new supervisor listens, False when another one serves."""
+        loopback = self._loopback()
+        connection = loopback.connect(loopback.logins()[0], startup_options(self._options()), APPLICATION_NAME)
+        notices: list[str] = []
+        connection.notice_handler = lambda notice: notices.append(report_of(notice, self._server).message)
+        try:
+            connection.send_query(self._start_block())
+            while connection.flush():
+                self._server.wait_for(((connection.socket, READABLE | WRITABLE),), None)
+                connection.consume_input()
+            while not notices:
+                self._server.wait_for(((connection.socket, READABLE),), None)
+                connection.consume_input()
+                if connection.is_busy():
+                    continue
+                result = connection.get_result()
+                if result is None:
+                    return False
+                report = report_of(result, self._server)
+                if report.sqlstate == "55P03":
+                    return False
+                raise BackgroundError(report)
+            return True
+        finally:
+            connection.finish()
+
+    def _options(self) -> dict[bytes, bytes]:
+        return {**_OPTIONS, b"transaction_timeout": b"0"} if self._server.major >= 17 else _OPTIONS
+
+    def _start_block(self) -> bytes:
+        """A DO block that brings its modules along: nothing is called by a name that could be planted."""
+        role_oid = self._role_oid()
+        sources = {module: self._read_source(module) for module in _MODULES}
+        body = (
+            f"sources = {sources!a}\n"
+            "scope = {'__name__': 'pg_background.bootstrap'}\n"
+            "exec(sources['bootstrap'], scope)\n"
+            "scope['install_importer'](sources.__getitem__)\n"
+            "from pg_background import supervisor_main\n"
+            f"supervisor_main.main(plpy, {role_oid}, {self._server.database_oid}, {self._digest!a})\n"
+        ).replace("$", "\\x24")
+        return b"/* pg_background supervisor */ DO LANGUAGE plpython3u $supervisor$\n" + body.encode() + b"$supervisor$"
+
+    def _role_oid(self) -> int:
+        found = self._server.query(
+            "SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r"
+            f" WHERE r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) '{ROLE}'"
+        )
+        if not found or found[0]["rolsuper"]:
+            raise background_error(
+                "42704",
+                f'the role "{ROLE}" does not exist, or is a superuser',
+                hint=f"CREATE ROLE {ROLE} NOLOGIN; and GRANT it what CREATE EXTENSION pg_background granted,"
+                " or create the extension anew.",
+            )
+        return int(found[0]["oid"])

@@ -1,0 +1,105 @@
+"""What travels on the control socket between sessions, workers and the supervisor: one definition for both ends.
+
+A message is one packet of a SOCK_SEQPACKET unix socket: a JSON array whose first element is its kind, with file
+descriptors beside it where the kind says so. Both ends are backends of one server and run as one operating system
+user; nobody else can reach the socket, which lies in the data directory.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import struct
+from typing import Any, NamedTuple, Optional
+
+# session -> supervisor
+HELLO = "hello"  # digest of the sender's runtime
+JOB = "job"  # row of the job (see store.COLUMNS), extras; with the worker's socket, once for each connection
+FINISHED = "finished"  # key, changed columns of its row
+DETACH = "detach"  # worker pid: the session lets go, the supervisor reads to the end
+CLOSED = "closed"  # worker pid: the connection is no more
+WRITING = "writing"  # worker pid, whether: while true, the job has not been sent whole
+MOVED_ON = "moved on"  # this link's workers are another supervisor's now
+FIND = "find"  # request, pid, cookie -> REPLY with the row or null
+WAIT = "wait"  # request, pid, cookie -> REPLY when it has ended, with the row or null
+CANCEL = "cancel"  # request, pid, cookie, grace in ms or null -> REPLY at once
+SYNC = "sync"  # request -> REPLY once all that is known stands in the table
+
+# worker -> supervisor
+AM_I_WORKER = "worker?"  # request -> REPLY true or false
+PROGRESS = "progress"  # percent, message
+
+# supervisor -> session
+WELCOME = "welcome"
+OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
+ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
+MOVED = "moved"  # another supervisor will take over: connect anew
+REPLY = "reply"  # request, value
+
+_MAX_BYTES = 1 << 17
+_PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class ProtocolError(Exception):
+    """A packet that is no message."""
+
+
+class Received(NamedTuple):
+    """A message and the descriptors that came with it."""
+
+    message: list[Any]
+    descriptors: tuple[int, ...]
+
+
+def socket_path(database_oid: int) -> str:
+    """The control socket of a database's supervisor, relative to the data directory, where backends run.
+
+    In the folder and with the prefix of the server's temporary files, which a restart removes.
+    """
+    return f"base/pgsql_tmp/pgsql_tmp_pg_background.{database_oid}"
+
+
+def control_socket() -> socket.socket:
+    """A new, unconnected socket of the right kind."""
+    return socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+
+
+def peer_pid(connection: socket.socket) -> int:
+    """Who is at the other end, by the kernel's word."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
+    pid: int = _PEER_CREDENTIALS.unpack(credentials)[0]
+    return pid
+
+
+def send(connection: socket.socket, message: list[Any], descriptor: int | None = None) -> None:
+    """Send a message whole. BlockingIOError where it would wait, OSError where nobody is there."""
+    packet = json.dumps(message, separators=(",", ":")).encode()
+    if descriptor is None:
+        connection.send(packet, socket.MSG_NOSIGNAL)
+    else:
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))
+        connection.sendmsg([packet], [rights], socket.MSG_NOSIGNAL)
+
+
+def receive(connection: socket.socket) -> Received | None:
+    """The next message; None when the other end is gone. BlockingIOError when there is none yet."""
+    packet, ancillary, flags, _ = connection.recvmsg(
+        _MAX_BYTES, socket.CMSG_SPACE(4 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    descriptors = array.array("i")
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+    if not packet:
+        return None
+    try:
+        message = json.loads(packet)
+        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, list) or not message:
+            raise ProtocolError("truncated, or no array")
+    except (ValueError, ProtocolError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ProtocolError(str(error)) from error
+    return Received(message, tuple(descriptors))

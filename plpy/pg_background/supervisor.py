@@ -1,0 +1,742 @@
+"""The supervisor: one backend for each database that sees every worker to its end and tells all sessions about it.
+
+It is the only writer of the unlogged table. It holds a duplicate of every worker's socket: of workers whose session
+waits or works it only looks at what has arrived; the output of submitted, detached and orphaned workers it reads and
+throws away, so that they never block. Everything it knows it keeps in memory; the table is written in batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import os
+import select
+import signal
+import socket
+import time
+from collections import deque
+from datetime import datetime, timezone
+from typing import Any, Callable, Optional
+
+from . import messages, wire
+from .process import open_pidfd, process_start
+from .store import KEY, Row, Store
+
+_FLUSH_S = 0.01  # rows wait for their batch at most so long
+_TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
+_SLICE_S = 0.1  # interrupts are handled at least so often
+_IDLE_S = 60.0  # with nothing to do it ends after this
+_PRUNE_S = 60.0
+_SUCCESSION_S = 600.0  # a busy one makes room after this: its statistics reach autovacuum only at its end
+_WINDOW_BYTES = 1 << 16
+_MAX_WINDOW_BYTES = 1 << 24
+_TAIL_BYTES = 1 << 17
+_BATCH_ROWS = 1000
+_REMEMBERED = 2000  # finished jobs that questions find in memory
+
+
+class Link:
+    """The control connection of a session, or of a worker that reports its progress."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pid = messages.peer_pid(connection)
+        self.outbox: deque[list[Any]] = deque()
+        self.channels: set[int] = set()  # pids of workers
+        self.closed = False
+        self.moved_on = False
+
+
+class Job:
+    """One job: its row, and who waits for its end."""
+
+    def __init__(self, row: Row, *, probe: bool, clean_ups: int) -> None:
+        self.row = row
+        self.tags_after = 1 if probe else 0
+        self.groups_after = clean_ups
+        self.waiters: list[tuple[Link, int]] = []
+        self.canceled = False
+        self.timed_out = False
+        self.kill_at: float | None = None
+        self.connection_kept = clean_ups > 0
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return bool(self.row["state"] == "running")
+
+
+class Channel:
+    """A duplicate of a worker's socket."""
+
+    def __init__(self, pid: int, connection: socket.socket, link: Link | None) -> None:
+        self.pid = pid
+        self.connection = connection
+        self.link = link
+        self.pidfd = open_pidfd(pid)
+        self.job: Job | None = None
+        self.reads = False  # a submitted job: read message by message
+        self.drains = False  # nobody else reads it any more: read to the end of the connection
+        self.writing = False  # the session has not sent the whole job yet
+        self.answer = wire.Answer()
+        self.answers_left = 0
+        self.skip = 0
+        self.window = _WINDOW_BYTES
+        self.tail = b""
+
+
+class Supervisor:
+    """The event loop and what it knows."""
+
+    def __init__(
+        self,
+        store: Store | None,
+        listener: socket.socket,
+        path: str,
+        lock_fd: int,
+        digest: str,
+        handle_interrupts: Callable[[], None],
+    ) -> None:
+        self._store = store
+        self._listener: socket.socket | None = listener
+        self._lock_fd = lock_fd
+        self._path = path
+        self._digest = digest
+        self._handle_interrupts = handle_interrupts
+        self._epoll = select.epoll()
+        self._links: dict[int, Link] = {}
+        self._channels: dict[int, Channel] = {}  # by the worker's pid
+        self._channel_of_fd: dict[int, Channel] = {}
+        self._ready: deque[Channel] = deque()
+        self._jobs: dict[int, Job] = {}  # by key
+        self._finished: deque[int] = deque()
+        self._dirty: dict[int, Row] = {}
+        self._syncs: list[tuple[Link, int]] = []
+        self._deadlines: list[tuple[float, int]] = []
+        now = time.monotonic()
+        self._flush_at = self._tick_at = now
+        self._prune_at = now + _PRUNE_S
+        self._idle_since = now
+        self._born = now
+        self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
+        self._handlers: dict[str, Callable[..., None]] = {
+            messages.HELLO: self._on_hello,
+            messages.JOB: self._on_job,
+            messages.FINISHED: self._on_finished,
+            messages.DETACH: self._on_detach,
+            messages.CLOSED: self._on_closed,
+            messages.WRITING: self._on_writing,
+            messages.MOVED_ON: self._on_moved_on,
+            messages.FIND: self._on_find,
+            messages.WAIT: self._on_wait,
+            messages.CANCEL: self._on_cancel,
+            messages.SYNC: self._on_sync,
+            messages.AM_I_WORKER: self._on_am_i_worker,
+            messages.PROGRESS: self._on_progress,
+        }
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
+
+    # --- the loop ---
+
+    def run(self) -> None:
+        """Serve until there is nothing left to do."""
+        self._mark_lost_jobs()
+        parent = os.getppid()
+        while True:
+            self._handle_interrupts()
+            if os.getppid() != parent:
+                return  # the postmaster is gone, and so is everybody else
+            events = self._epoll.poll(self._poll_timeout())
+            self._serve(events)
+            now = time.monotonic()
+            self._read_ready_channels()
+            self._fire_deadlines(now)
+            if now >= self._tick_at:
+                self._tick(now)
+            if self._dirty and (now >= self._flush_at or len(self._dirty) >= _BATCH_ROWS):
+                self._flush()
+            if not self._dirty:
+                self._answer_syncs()
+            if self._is_done(now) and not self._epoll.poll(0):
+                break
+        self._flush()
+        self._retire()
+
+    def _poll_timeout(self) -> float:
+        if self._ready:
+            return 0
+        now = time.monotonic()
+        wake_at = now + _SLICE_S
+        if self._dirty:
+            wake_at = min(wake_at, self._flush_at)
+        if self._unwatched:
+            wake_at = min(wake_at, self._tick_at)
+        if self._deadlines:
+            wake_at = min(wake_at, self._deadlines[0][0])
+        return max(0.0, wake_at - now)
+
+    def _serve(self, events: list[tuple[int, int]]) -> None:
+        """Control messages first: what they tell about a worker must be known before its socket is read."""
+        for descriptor, event in events:
+            link = self._links.get(descriptor)
+            if link is not None:
+                if event & select.EPOLLOUT:
+                    self._send_outbox(link)
+                if event & ~select.EPOLLOUT:
+                    self._receive(link)
+            elif self._listener is not None and descriptor == self._listener.fileno():
+                self._accept()
+        for descriptor, _ in events:
+            channel = self._channel_of_fd.get(descriptor)
+            if channel is not None:
+                self._ready.append(channel)
+
+    def _tick(self, now: float) -> None:
+        self._tick_at = now + _TICK_S
+        for key in self._unwatched:
+            job = self._jobs.get(key)
+            channel = self._channels.get(job.row["pid"]) if job is not None and job.running else None
+            if channel is not None and channel.job is job:
+                self._watch(channel)
+        self._unwatched.clear()
+        for channel in self._channels.values():
+            job = channel.job
+            if job is not None and job.running and (job.canceled or job.timed_out):
+                overdue = job.kill_at is not None and now >= job.kill_at
+                self._signal(channel, signal.SIGTERM if overdue else signal.SIGINT)
+                self._unwatched.add(job.row[KEY])
+        if now >= self._prune_at:
+            self._prune_at = now + _PRUNE_S
+            self._prune()
+        if now - self._born > _SUCCESSION_S and self._listener is not None and self._channels:
+            self._make_room()
+
+    def _is_done(self, now: float) -> bool:
+        if self._dirty or any(c.drains or (c.job is not None and c.job.running) for c in self._channels.values()):
+            self._idle_since = now
+            return False
+        if not self._links:
+            return True
+        if self._listener is None:
+            return True  # a successor serves whoever asks next
+        return now - self._idle_since > _IDLE_S and not self._queued_on_links()
+
+    def _queued_on_links(self) -> bool:
+        """Close every link for sending, so that its session turns to a successor; whether something was under way."""
+        for link in list(self._links.values()):
+            with contextlib.suppress(OSError):
+                link.connection.shutdown(socket.SHUT_RD)
+        before = len(self._jobs)
+        for link in list(self._links.values()):
+            self._receive(link)
+        return len(self._jobs) != before or bool(self._dirty)
+
+    # --- control connections ---
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        try:
+            connection, _ = self._listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return
+        except OSError:
+            # No descriptor left: the next turn tries again, when workers may have ended.
+            self._epoll.poll(_TICK_S, 1)
+            return
+        connection.setblocking(False)
+        self._links[connection.fileno()] = Link(connection)
+        self._epoll.register(connection.fileno(), select.EPOLLIN)
+
+    def _receive(self, link: Link) -> None:
+        """Take all messages of a link; garbage or its end closes it."""
+        while not link.closed:
+            try:
+                received = messages.receive(link.connection)
+            except BlockingIOError:
+                return
+            except (OSError, messages.ProtocolError):
+                self._close_link(link)
+                return
+            if received is None:
+                self._close_link(link)
+                return
+            self._dispatch(link, received)
+
+    def _dispatch(self, link: Link, received: messages.Received) -> None:
+        kind, *arguments = received.message
+        descriptors = list(received.descriptors)
+        self._idle_since = time.monotonic()
+        try:
+            handler = self._handlers.get(kind) if isinstance(kind, str) else None
+            if handler is None:
+                raise messages.ProtocolError(f"unknown kind {kind!r}")
+            if kind == messages.JOB:
+                handler(link, descriptors, *arguments)
+            else:
+                handler(link, *arguments)
+        except (messages.ProtocolError, TypeError, ValueError, KeyError, AttributeError, IndexError):
+            # No message of ours: whoever sent it gets no further hearing.
+            self._close_link(link)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _send(self, link: Link, message: list[Any]) -> None:
+        if link.closed:
+            return
+        link.outbox.append(message)
+        self._send_outbox(link)
+
+    def _send_outbox(self, link: Link) -> None:
+        try:
+            while link.outbox:
+                messages.send(link.connection, link.outbox[0])
+                link.outbox.popleft()
+        except BlockingIOError:
+            self._epoll.modify(link.connection.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        except OSError:
+            self._close_link(link)
+        else:
+            self._epoll.modify(link.connection.fileno(), select.EPOLLIN)
+
+    def _close_link(self, link: Link) -> None:
+        """A session has gone: its idle workers end, its running ones are read to their ends."""
+        if link.closed:
+            return
+        link.closed = True
+        descriptor = link.connection.fileno()
+        self._epoll.unregister(descriptor)
+        del self._links[descriptor]
+        link.connection.close()
+        for pid in list(link.channels):
+            channel = self._channels.get(pid)
+            if channel is None or channel.link is not link:
+                continue
+            if channel.drains and not link.moved_on:
+                channel.link = None
+            elif link.moved_on or channel.writing or channel.job is None or not channel.job.running:
+                self._close_channel(channel)
+            else:
+                channel.link = None
+                self._drain(channel)
+                self._terminate_after_job(channel)
+
+    def _on_hello(self, link: Link, digest: str) -> None:
+        if digest == self._digest and self._listener is not None:
+            self._send(link, [messages.WELCOME])
+            return
+        self._make_room()
+        self._send(link, [messages.OTHER_RUNTIME])
+        self._close_link(link)
+
+    def _on_moved_on(self, link: Link) -> None:
+        link.moved_on = True
+        self._close_link(link)
+
+    def _on_sync(self, link: Link, request: int) -> None:
+        self._syncs.append((link, request))
+        self._flush_at = 0.0
+
+    def _answer_syncs(self) -> None:
+        for link, request in self._syncs:
+            self._send(link, [messages.REPLY, request, True])
+        self._syncs.clear()
+
+    # --- jobs ---
+
+    def _on_job(self, link: Link, descriptors: list[int], row: Row, extras: dict[str, Any]) -> None:
+        row = dict(row, launcher_pid=link.pid)
+        pid, key = int(row["pid"]), int(row[KEY])
+        if descriptors:
+            self._adopt(link, pid, descriptors.pop(0))
+        channel = self._channels[pid]
+        job = Job(row, probe=bool(extras.get("probe")), clean_ups=int(extras.get("clean_ups", 0)))
+        self._jobs[key] = job
+        channel.job = job
+        channel.answer = wire.Answer()
+        channel.answers_left = 1 + job.groups_after
+        self._mark_dirty(row)
+        timeout_ms = extras.get("timeout_ms", 0)
+        if timeout_ms:
+            heapq.heappush(self._deadlines, (time.monotonic() + timeout_ms / 1000, key))
+        if extras.get("unknown_position"):
+            self._drain(channel)
+        elif row["submitted"]:
+            channel.reads = True
+            self._watch(channel)
+        else:
+            self._unwatched.add(key)
+
+    def _adopt(self, link: Link, pid: int, descriptor: int) -> None:
+        old = self._channels.get(pid)
+        if old is not None:
+            self._close_channel(old)
+        connection = socket.socket(fileno=descriptor)
+        self._channels[pid] = channel = Channel(pid, connection, link)
+        self._channel_of_fd[connection.fileno()] = channel
+        link.channels.add(pid)
+
+    def _watch(self, channel: Channel) -> None:
+        """Be told of each arrival once; what lies unread for the session must not wake us again."""
+        events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+        try:
+            self._epoll.register(channel.connection.fileno(), events)
+        except FileExistsError:
+            self._epoll.modify(channel.connection.fileno(), events)
+
+    def _unwatch(self, channel: Channel) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._epoll.unregister(channel.connection.fileno())
+
+    def _drain(self, channel: Channel) -> None:
+        channel.drains = True
+        self._watch(channel)
+        self._ready.append(channel)
+
+    def _terminate_after_job(self, channel: Channel) -> None:
+        """Queue the end of the connection behind the job."""
+        with contextlib.suppress(OSError):
+            channel.connection.send(wire.TERMINATE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+
+    def _on_writing(self, link: Link, pid: int, writing: bool) -> None:
+        self._channels[pid].writing = writing
+
+    def _on_finished(self, link: Link, key: int, changes: Row) -> None:
+        job = self._jobs.get(key)
+        if job is None:
+            return
+        channel = self._channels.get(job.row["pid"])
+        if channel is not None and channel.job is job and not channel.reads:
+            self._unwatch(channel)
+        self._end(job, changes)
+
+    def _on_detach(self, link: Link, pid: int) -> None:
+        channel = self._channels[pid]
+        if channel.job is not None and channel.job.running:
+            self._drain(channel)
+            self._terminate_after_job(channel)
+        else:
+            self._close_channel(channel)
+
+    def _on_closed(self, link: Link, pid: int) -> None:
+        channel = self._channels.get(pid)
+        if channel is not None and channel.link is link and not channel.drains:
+            self._close_channel(channel)
+
+    def _close_channel(self, channel: Channel) -> None:
+        self._unwatch(channel)
+        self._channels.pop(channel.pid, None)
+        self._channel_of_fd.pop(channel.connection.fileno(), None)
+        if channel.link is not None:
+            channel.link.channels.discard(channel.pid)
+        channel.connection.close()
+        if channel.pidfd is not None:
+            os.close(channel.pidfd)
+
+    def _end(self, job: Job, changes: Row) -> None:
+        """A job has ended, with this outcome; a second report of the same end changes little."""
+        first = job.running
+        job.row.update(changes)
+        if job.row.get("finished_at") is None:
+            job.row["finished_at"] = _now()
+        self._mark_dirty(job.row)
+        if not first:
+            return
+        for link, request in job.waiters:
+            self._send(link, [messages.REPLY, request, job.row])
+        job.waiters.clear()
+        self._finished.append(job.row[KEY])
+        while len(self._finished) > _REMEMBERED:
+            self._jobs.pop(self._finished.popleft(), None)
+
+    def _mark_dirty(self, row: Row) -> None:
+        if not self._dirty:
+            self._flush_at = max(self._flush_at, time.monotonic() + _FLUSH_S)
+        self._dirty[row[KEY]] = row
+
+    # --- worker sockets ---
+
+    def _read_ready_channels(self) -> None:
+        for _ in range(len(self._ready)):
+            channel = self._ready.popleft()
+            if self._channels.get(channel.pid) is not channel:
+                continue
+            if channel.drains:
+                again = self._read_to_the_end(channel)
+            elif channel.reads:
+                again = self._read_answers(channel)
+            else:
+                again = self._peek(channel)
+            if again:
+                self._ready.append(channel)
+
+    def _peek(self, channel: Channel) -> bool:
+        """See whether a job has ended whose session has not looked yet."""
+        job = channel.job
+        if job is None or not job.running:
+            return False
+        window = _receive_from(channel.connection, _TAIL_BYTES * 2, socket.MSG_PEEK)
+        if window is None:
+            return False
+        ended = window.endswith(wire.READY_FOR_QUERY) or _hung_up(channel.connection)
+        answer = wire.last_answer(window, 0, job.tags_after) if ended else None
+        if answer is not None:
+            self._end(job, self._outcome(job, answer))
+        elif _hung_up(channel.connection):
+            self._end(job, _lost_connection(job))
+        return False
+
+    def _read_answers(self, channel: Channel) -> bool:
+        """Read a submitted job's answer, and those of the clean-up queued behind it."""
+        if channel.skip:
+            thrown = _receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
+            if not thrown:
+                return self._lost(channel, thrown)
+            channel.skip -= len(thrown)
+            return True
+        window = _receive_from(channel.connection, channel.window, socket.MSG_PEEK)
+        if not window:
+            return self._lost(channel, window)
+        position = wire.parse(window, channel.answer)
+        if channel.answer.complete:
+            self._answered(channel)
+        if position.consumed:
+            _receive_from(channel.connection, position.consumed, 0)
+            channel.window = _WINDOW_BYTES
+        channel.skip = position.skip
+        if not position.consumed and len(window) == channel.window and channel.window < _MAX_WINDOW_BYTES:
+            channel.window *= 2
+            return True
+        return bool(position.consumed) and channel.answers_left > 0
+
+    def _answered(self, channel: Channel) -> None:
+        """A group is complete. The session is told before its bytes are taken from the socket."""
+        answer, channel.answer = channel.answer, wire.Answer()
+        channel.answers_left -= 1
+        job, link = channel.job, channel.link
+        assert job is not None
+        if job.running:
+            changes = self._outcome(job, answer)
+            self._end(job, changes)
+            if link is not None:
+                self._send(link, [messages.ENDED, channel.pid, job.row[KEY], changes, None])
+            return
+        if channel.answers_left == 0 and link is not None:
+            row = None if answer.error or answer.row is None else [_text(v) for v in wire.row_values(answer.row)]
+            self._unwatch(channel)
+            self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row or []])
+
+    def _lost(self, channel: Channel, received: bytes | None) -> bool:
+        """Nothing to read: not yet (b"" stands for the end of the connection)."""
+        if received is None:
+            return False
+        job = channel.job
+        if job is not None and job.running:
+            answer = channel.answer
+            changes = self._outcome(job, answer) if answer.error else _lost_connection(job)
+            self._end(job, changes)
+            if channel.link is not None:
+                self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, []])
+        self._close_channel(channel)
+        return False
+
+    def _read_to_the_end(self, channel: Channel) -> bool:
+        """Throw a stream away whose place in a message nobody knows; its last bytes tell the outcome."""
+        received = _receive_from(channel.connection, _WINDOW_BYTES, 0)
+        if received is None:
+            return False
+        if received:
+            channel.tail = (channel.tail + received)[-_TAIL_BYTES:]
+            return True
+        job = channel.job
+        if job is not None and job.running:
+            answer = wire.last_answer(channel.tail, job.groups_after, job.tags_after)
+            changes = self._outcome(job, answer) if answer is not None else _lost_connection(job)
+            self._end(job, changes)
+            if channel.link is not None:
+                self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, []])
+        self._close_channel(channel)
+        return False
+
+    def _outcome(self, job: Job, answer: wire.Answer) -> Row:
+        """The changes that an answer makes to its job's row."""
+        changes: Row = {"finished_at": _now()}
+        if answer.error is None:
+            tag = answer.tag or b""
+            changes.update(state="stopped", command_tag=_text(tag), row_count=wire.row_count(tag))
+            return changes
+        fields = {name: _text(value) for name, value in wire.error_fields(answer.error).items()}
+        ours = job.canceled and fields.get("sqlstate") in ("57014", "57P01")
+        if job.timed_out and fields.get("sqlstate") == "57014":
+            fields["message"] = "canceling background worker due to pg_background.worker_timeout"
+        changes.update(state="canceled" if ours else "error", sqlstate=fields.pop("sqlstate", None))
+        for name in ("message", "detail", "hint", "context"):
+            changes["error_" + name] = fields.pop(name, None)
+        changes.update(fields)
+        return changes
+
+    # --- cancel, timeouts ---
+
+    def _on_cancel(self, link: Link, request: int, pid: int, cookie: int, grace_ms: int | None) -> None:
+        job = self._find(pid, cookie)
+        if job is not None and job.running:
+            job.canceled = True
+            if grace_ms is not None:
+                job.kill_at = time.monotonic() + grace_ms / 1000
+            channel = self._channels.get(pid)
+            if channel is not None and channel.job is job:
+                self._signal(channel, signal.SIGINT)
+            self._unwatched.add(job.row[KEY])
+        self._send(link, [messages.REPLY, request, job.row if job is not None else None])
+
+    def _fire_deadlines(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            job = self._jobs.get(heapq.heappop(self._deadlines)[1])
+            if job is None or not job.running:
+                continue
+            job.timed_out = True
+            channel = self._channels.get(job.row["pid"])
+            if channel is not None and channel.job is job:
+                self._signal(channel, signal.SIGINT)
+            self._unwatched.add(job.row[KEY])
+
+    def _signal(self, channel: Channel, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if channel.pidfd is not None:
+                signal.pidfd_send_signal(channel.pidfd, number)
+            else:
+                os.kill(channel.pid, number)
+
+    # --- questions ---
+
+    def _find(self, pid: int, cookie: int) -> Job | None:
+        channel = self._channels.get(pid)
+        if channel is not None and channel.job is not None and channel.job.row["cookie"] == cookie:
+            return channel.job
+        for key in reversed(self._finished):
+            job = self._jobs.get(key)
+            if job is not None and job.row["pid"] == pid and job.row["cookie"] == cookie:
+                return job
+        return None
+
+    def _on_find(self, link: Link, request: int, pid: int, cookie: int) -> None:
+        job = self._find(pid, cookie)
+        self._send(link, [messages.REPLY, request, job.row if job is not None else None])
+
+    def _on_wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
+        job = self._find(pid, cookie)
+        if job is not None and job.running:
+            job.waiters.append((link, request))
+        else:
+            self._send(link, [messages.REPLY, request, job.row if job is not None else None])
+
+    def _on_am_i_worker(self, link: Link, request: int) -> None:
+        channel = self._channels.get(link.pid)
+        self._send(link, [messages.REPLY, request, channel is not None and channel.job is not None])
+
+    def _on_progress(self, link: Link, percent: int, text: str | None) -> None:
+        channel = self._channels.get(link.pid)
+        job = channel.job if channel is not None else None
+        if job is not None and job.running:
+            job.row.update(progress_pct=percent, progress_msg=text)
+            self._mark_dirty(job.row)
+
+    # --- the table ---
+
+    def _flush(self) -> None:
+        """Write what has changed. A failure (disk full, say) leaves it for the next time."""
+        rows, self._dirty = self._dirty, {}
+        self._flush_at = time.monotonic() + _FLUSH_S
+        if self._store is None or not rows:
+            return
+        try:
+            self._store.write(rows.values())
+        except Exception as error:
+            self._store_failed(rows, error)
+
+    def _store_failed(self, rows: dict[int, Row], error: Exception) -> None:
+        """Gone with the extension, or moved to a schema that is closed to us: a successor will know better."""
+        sqlstate = getattr(error, "sqlstate", None)
+        if sqlstate in ("42P01", "42501", "3F000", "42703", "42704"):
+            self._store = None
+            self._make_room()
+            self._forward(rows)
+            return
+        rows.update(self._dirty)
+        self._dirty = rows
+        self._flush_at = time.monotonic() + 1.0
+
+    def _forward(self, rows: dict[int, Row]) -> None:
+        """Nothing to write to: a successor that knows these jobs has their rows from the sessions."""
+
+    def _mark_lost_jobs(self) -> None:
+        """What a predecessor left as running, with no process behind it, will never tell how it ended."""
+        if self._store is None:
+            return
+        lost = []
+        for row in self._store.running():
+            if row["process_start"] != process_start(row["pid"]):
+                row.update(_lost_connection(None))
+                row["launched_at"] = str(row["launched_at"])
+                lost.append(row)
+        if lost:
+            self._store.write(lost)
+
+    def _prune(self) -> None:
+        if self._store is None:
+            return
+        try:
+            self._store.prune(self._store.history_s())
+        except Exception as error:
+            self._store_failed({}, error)
+
+    # --- the end ---
+
+    def _make_room(self) -> None:
+        """Let a successor start; go on with the workers that are here until their sessions hand them over."""
+        if self._listener is None:
+            return
+        self._epoll.unregister(self._listener.fileno())
+        self._retire()
+        for link in list(self._links.values()):
+            self._send(link, [messages.MOVED])
+
+    def _retire(self) -> None:
+        if self._listener is None:
+            return
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._listener.close()
+        self._listener = None
+        os.close(self._lock_fd)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat()
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode("utf-8", "replace")
+
+
+def _receive_from(connection: socket.socket, size: int, flags: int) -> bytes | None:
+    """Bytes from a worker; None when there are none yet, b"" at the end of the connection."""
+    try:
+        return connection.recv(size, flags | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def _hung_up(connection: socket.socket) -> bool:
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))
+
+
+def _lost_connection(job: Job | None) -> Row:
+    """08006: the worker's backend is gone, and what became of its job is not known."""
+    message = "the background worker's backend ended, the outcome of its SQL is unknown"
+    state = "canceled" if job is not None and job.canceled else "error"
+    return {"state": state, "sqlstate": "08006", "error_message": message, "finished_at": _now()}

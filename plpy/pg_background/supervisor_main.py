@@ -1,0 +1,84 @@
+"""What the supervisor's backend runs: it becomes an unprivileged role, then serves until there is nothing to do."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from . import messages, switch
+from .store import Store
+from .supervisor import Supervisor
+
+READY = "pg_background supervisor is ready"
+ANOTHER_SERVES = "55P03"
+
+
+def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
+    """Serve a database. 55P03 when another supervisor does already."""
+    in_recovery = plpy.execute("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"]
+    store = None if in_recovery else Store(plpy)
+    switch.become(plpy, role_oid, (b"pg_background", b"supervisor"), ())
+    plpy.commit()
+    _prove_role(plpy, role_oid)
+
+    path = messages.socket_path(database_oid)
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    lock_fd = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock_fd)
+        plpy.error("another supervisor serves this database", sqlstate=ANOTHER_SERVES)
+    listener = _listen(path)
+    plpy.notice(READY)
+    # Whoever started this may leave, and a notice to nobody would end it.
+    plpy.execute("SELECT pg_catalog.set_config('client_min_messages', 'error', false)")
+    plpy.commit()
+    Supervisor(store, listener, path, lock_fd, digest, _interrupt_handler(plpy)).run()
+
+
+def _prove_role(plpy: Any, role_oid: int) -> None:
+    """End this backend unless it is the unprivileged role, for good."""
+    shown = plpy.execute(
+        "SELECT pg_catalog.quote_ident(CURRENT_USER)::pg_catalog.regrole::pg_catalog.oid AS current_oid,"
+        " pg_catalog.quote_ident(SESSION_USER)::pg_catalog.regrole::pg_catalog.oid AS session_oid,"
+        " pg_catalog.current_setting('is_superuser') AS is_superuser"
+    )[0]
+    plpy.commit()
+    if (int(shown["current_oid"]), int(shown["session_oid"]), shown["is_superuser"]) != (role_oid, role_oid, "off"):
+        plpy.fatal("the supervisor of pg_background did not become its role")
+
+
+def _listen(path: str) -> socket.socket:
+    """A socket that listens at the path from the moment that the path is there."""
+    unready = f"{path}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(unready)
+    listener = messages.control_socket()
+    listener.setblocking(False)
+    listener.bind(unready)
+    listener.listen(128)
+    os.rename(unready, path)
+    return listener
+
+
+def _interrupt_handler(plpy: Any) -> Callable[[], None]:
+    """Lets the server act on a termination or a request of another session: a statement does."""
+    pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
+    plan = plpy.prepare("SELECT 1")
+
+    def handle() -> None:
+        if pending.value:
+            try:
+                plpy.execute(plan)
+            except plpy.SPIError as error:
+                if error.sqlstate != "57014":  # a cancel is not for us
+                    raise
+            plpy.commit()
+
+    return handle

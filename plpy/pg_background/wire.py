@@ -1,0 +1,180 @@
+"""Reads a worker's answers off its socket, without libpq: for the supervisor, which wants outcomes only.
+
+An answer is a group of messages of PostgreSQL's protocol that ends with ReadyForQuery. Rows are thrown away.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple, Optional
+
+_HEADER = struct.Struct("!cI")
+_TYPES = frozenset(bytes((code,)) for code in b"123ACDEGHIKNRSTVWcdnstvZ")
+_MAX_MESSAGE = 1 << 30
+READY_FOR_QUERY = b"Z\0\0\0\5I"
+
+# After one of these a command tag before it is not the last one.
+_NEXT_STATEMENT = b"TDCEI"
+# The only row that is looked at is the clean-up's.
+_KEPT_ROW_BYTES = 256
+
+TERMINATE = b"X\0\0\0\4"
+
+_FIELD_NAMES = {
+    "C": "sqlstate",
+    "M": "message",
+    "D": "detail",
+    "H": "hint",
+    "W": "context",
+    "s": "schema_name",
+    "t": "table_name",
+    "c": "column_name",
+    "d": "datatype_name",
+    "n": "constraint_name",
+}
+
+
+def query_message(sql: bytes) -> bytes:
+    """A simple-protocol Query."""
+    return b"Q" + struct.pack("!I", len(sql) + 5) + sql + b"\0"
+
+
+class Answer:
+    """What matters of a group of messages: its last command tag, its error, its last row."""
+
+    def __init__(self) -> None:
+        self.tag: bytes | None = None
+        self.error: bytes | None = None
+        self.row: bytes | None = None
+        self.complete = False
+
+    def take(self, kind: bytes, body: bytes) -> None:
+        """Note one message of the group."""
+        if kind == b"C":
+            self.tag = body.rstrip(b"\0")
+        elif kind == b"E" and self.error is None:
+            self.error = body
+        elif kind == b"D":
+            self.row = body
+        elif kind == b"Z":
+            self.complete = True
+
+
+class Position(NamedTuple):
+    """How far a window of bytes was understood: `consumed` bytes may go, `skip` more are of a row to throw away."""
+
+    consumed: int
+    skip: int
+
+
+def parse(window: bytes, answer: Answer) -> Position:
+    """Read messages from a window that starts at a message, until the group ends or the window does.
+
+    A command tag that may be the last one, or an error, does not count as consumed before the group is complete:
+    were this process to end here, its successor would still find it in the socket.
+    """
+    position, end = 0, len(window)
+    verdict: int | None = None  # where that tag or error starts
+    while end - position >= _HEADER.size:
+        kind, length = _HEADER.unpack_from(window, position)
+        following = position + 1 + length
+        if kind in _NEXT_STATEMENT and answer.error is None:
+            verdict = None
+        if following > end:
+            if kind == b"D" and verdict is None:
+                return Position(end, following - end)
+            break
+        if kind != b"D" or length < _KEPT_ROW_BYTES:
+            answer.take(kind, window[position + 5 : following])
+        if kind in b"CE" and verdict is None:
+            verdict = position
+        position = following
+        if kind == b"Z":
+            return Position(position, 0)
+    return Position(position if verdict is None else verdict, 0)
+
+
+def last_answer(tail: bytes, groups_after: int = 0, tags_after: int = 0) -> Answer | None:
+    """The answer that a stream's tail ends with, or the one `groups_after` groups before; None if it is not there.
+
+    The tail may start anywhere. Messages are found backwards: a command tag or an error from which message follows
+    message exactly to the end. tags_after: how many command tags of the group are not the job's.
+    """
+    chain: list[tuple[bytes, bytes]] | None = None
+    position = len(tail)
+    while position > 0:
+        position = max(tail.rfind(mark, 0, position) for mark in (b"C\0\0\0", b"E\0\0", b"I\0\0\0\4"))
+        if position < 0:
+            break
+        longer = _messages(tail, position)
+        if longer is None:
+            continue
+        chain = longer
+        groups = _groups(chain)
+        verdicts = (
+            [kind for kind, _ in groups[-1 - groups_after] if kind in b"CEI"] if len(groups) > groups_after else []
+        )
+        if len(verdicts) > tags_after or b"E" in verdicts:
+            break
+    if chain is None or len(_groups(chain)) <= groups_after:
+        return None
+    group = _groups(chain)[-1 - groups_after]
+    answer = Answer()
+    for kind, body in group:
+        answer.take(kind, body)
+    tags = [body.rstrip(b"\0") for kind, body in group if kind == b"C"]
+    answer.tag = tags[-1 - tags_after] if len(tags) > tags_after else None
+    return answer
+
+
+def _messages(tail: bytes, position: int) -> list[tuple[bytes, bytes]] | None:
+    """The messages from a position exactly to the end; None if they do not fit."""
+    messages = []
+    end = len(tail)
+    while position < end:
+        if end - position < _HEADER.size:
+            return None
+        kind, length = _HEADER.unpack_from(tail, position)
+        following = position + 1 + length
+        if kind not in _TYPES or not 4 <= length <= _MAX_MESSAGE or following > end:
+            return None
+        messages.append((kind, tail[position + 5 : following]))
+        position = following
+    return messages
+
+
+def _groups(messages: list[tuple[bytes, bytes]]) -> list[list[tuple[bytes, bytes]]]:
+    groups: list[list[tuple[bytes, bytes]]] = [[]]
+    for message in messages:
+        groups[-1].append(message)
+        if message[0] == b"Z":
+            groups.append([])
+    return [group for group in groups if group]
+
+
+def error_fields(body: bytes) -> dict[str, bytes]:
+    """The fields of an ErrorResponse."""
+    fields = {}
+    for field in body.split(b"\0"):
+        name = _FIELD_NAMES.get(chr(field[0])) if field else None
+        if name is not None:
+            fields[name] = field[1:]
+    return fields
+
+
+def row_values(body: bytes) -> list[bytes | None]:
+    """The values of a DataRow."""
+    values: list[bytes | None] = []
+    position = 2
+    for _ in range(struct.unpack_from("!H", body)[0]):
+        length = struct.unpack_from("!i", body, position)[0]
+        position += 4
+        values.append(None if length < 0 else body[position : position + length])
+        position += max(0, length)
+    return values
+
+
+def row_count(tag: bytes) -> int | None:
+    """The number of rows that a command tag tells; None where it tells none."""
+    last = tag.rpartition(b" ")[2]
+    return int(last) if last.isdigit() else None
