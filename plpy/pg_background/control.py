@@ -12,7 +12,7 @@ from .errors import INTERNAL_ERROR, BackgroundError, background_error
 from .inheritance import startup_options
 from .loopback import Loopback
 from .server import READABLE, WRITABLE, Server
-from .session import report_of
+from .session import WorkerSession, report_of
 
 ROLE = "pgbackground_supervisor"
 APPLICATION_NAME = "pg_background supervisor"
@@ -105,19 +105,25 @@ class Control:
         if old is not None:
             self._leave(old)
 
-    def tell(self, message: list[Any], descriptor: int | None = None) -> None:
-        """Send a message. A supervisor that is gone is replaced first, and told of everything else."""
+    def tell(self, message: list[Any], about: WorkerSession | None = None) -> None:
+        """Send a message. A supervisor that is gone is replaced first, and told of everything else.
+
+        about: the session that it speaks of, whose socket goes with it if this supervisor has not got it yet.
+        """
         while True:
             self.ensure()
             assert self._socket is not None
+            unknown = about is not None and not about.known_to_supervisor
             try:
-                messages.send(self._socket, message, descriptor)
+                messages.send(self._socket, message, about.connection.socket if about and unknown else None)
             except BlockingIOError:
                 self._server.wait_for(((self._socket.fileno(), WRITABLE | READABLE),), None)
                 self.hear()
             except OSError:
                 self._drop()
             else:
+                if about is not None:
+                    about.known_to_supervisor = True
                 return
 
     def tell_if_connected(self, message: list[Any]) -> None:

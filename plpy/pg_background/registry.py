@@ -102,13 +102,22 @@ class Registry:
         role_oid, guc_state = self.server.caller(), self.server.guc_state()
         if settings.value(self.server, settings.POOL_SIZE):
             while True:
-                session = self._pool.take(role_oid, guc_state, self._inheritance, self._workers)
+                session = self._kept_session(role_oid, guc_state)
                 if session is None or session.finish_clean_up():
                     break
                 self._end_session(session)
             if session is not None:
                 return self._renew(session, guc_state)
         return self._new_session(role_oid, guc_state, deadline)
+
+    def _kept_session(self, role_oid: int, guc_state: bytes) -> WorkerSession | None:
+        """A kept session whose pid no tracked worker has; if need be, an ended submitted worker is let go for it."""
+        session = self._pool.take(role_oid, guc_state, self._inheritance, self._workers)
+        if session is None and len(self._workers) >= settings.value(self.server, settings.POOL_SIZE):
+            session = self._pool.take(role_oid, guc_state, self._inheritance, ())
+            if session is not None:
+                self._forget_ended_with_pid(session.pid)
+        return session
 
     def _renew(self, session: WorkerSession, guc_state: bytes) -> WorkerSession:
         if session.guc_state != guc_state:
@@ -287,7 +296,7 @@ class Registry:
         self._cleaned_elsewhere.clear()
         running = [*self._elsewhere.values(), *(w for w in self._workers.values() if not w.read_elsewhere)]
         for worker in running:
-            if not worker.ended:
+            if worker.announced and not worker.ended:
                 worker.tell_supervisor(again=True)
 
     # --- counting ---

@@ -359,10 +359,11 @@ class Supervisor:
         timeout_ms = extras.get("timeout_ms", 0)
         if timeout_ms:
             heapq.heappush(self._deadlines, (time.monotonic() + timeout_ms / 1000, key))
+        channel.reads = row["submitted"]
         if extras.get("unknown_position"):
             self._drain(channel)
-        elif row["submitted"]:
-            channel.reads = True
+            self._terminate_after_job(channel)
+        elif channel.reads:
             self._watch(channel)
         else:
             self._unwatched.add(key)

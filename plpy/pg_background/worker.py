@@ -78,6 +78,7 @@ class Worker:
         self.error: Report | None = None
         self.consumed = False
         self.counted = False
+        self.announced = False  # the supervisor knows of it
         self.detached = False
         self.signaled = False  # a cancel may still be on its way: the session is not reused
         self.cancel_requested = False
@@ -119,7 +120,6 @@ class Worker:
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
-        self._control.ensure()
         self.tell_supervisor()
         packet = wire.query_message(self._server.encode(self.job.sql))
         packet += wire.query_message(self.session.clean_up_query(self.job.idle_timeout_ms))
@@ -151,10 +151,8 @@ class Worker:
             "state": self.state.value,
             "consumed": self.consumed,
         }
-        self._control.ensure()
-        descriptor = None if session.known_to_supervisor else session.connection.socket
-        session.known_to_supervisor = True
-        self._control.tell([messages.JOB, row, extras], descriptor)
+        self._control.tell([messages.JOB, row, extras], session)
+        self.announced = True
 
     @property
     def ended(self) -> bool:
