@@ -131,10 +131,12 @@ class Runtime:
                 UNDEFINED_OBJECT, f"the results of the background worker with PID {pid} are being read"
             )
         worker.wait_for_rows()
-        if worker.error is not None and not worker.backlog:
+        unreadable = worker.error is not None and not (worker.columns and worker.backlog)
+        if unreadable:
             worker.wait(None)
-        if worker.ended and not worker.backlog and worker.error is not None:
+        if worker.ended and unreadable:
             self._finish(worker)
+            assert worker.error is not None
             raise BackgroundError(worker.error)
         return self._rows_query(worker)
 

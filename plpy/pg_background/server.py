@@ -128,7 +128,14 @@ class Server:
             "datatype_name": notice.datatype_name,
             "constraint_name": notice.constraint_name,
         }
-        emit(notice.message, **{name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        # plpy.debug() emits DEBUG2, which "debug1" would hold back.
+        held_back = notice.severity == "DEBUG" and self.setting("client_min_messages") == "debug1"
+        if held_back:
+            self.query("SELECT pg_catalog.set_config('client_min_messages', 'debug2', true)")
+        emit(notice.message, **given)
+        if held_back:
+            self.query("SELECT pg_catalog.set_config('client_min_messages', 'debug1', true)")
 
     # --- text ---
 

@@ -89,6 +89,7 @@ class Worker:
         self.dependence = output_settings.Dependence(())
         self.reader_before: Mapping[str, str] = {}
         self._tags: list[bytes] = []
+        self._chunk_tag = b""
         self._statements = 1
         self._ended_settings: Mapping[str, str] | None = None
         self._started = time.monotonic()
@@ -283,11 +284,14 @@ class Worker:
         status = result.status
         if status in (_TUPLES_CHUNK, _SINGLE_TUPLE):
             self._take_rows(result)
+            self._chunk_tag = result.command_status or b""
         elif status in (_TUPLES_OK, _COMMAND_OK, _EMPTY_QUERY):
             if status == _TUPLES_OK:
                 self._take_rows(result)
             if status != _EMPTY_QUERY and len(self._tags) < self._statements:
-                self._tags.append(result.command_status or b"")
+                # libpq gives the tag to the last chunk, if that was not full, and the end of the rows has none.
+                self._tags.append(result.command_status or self._chunk_tag)
+                self._chunk_tag = b""
         elif status in (_COPY_OUT, _COPY_IN, _COPY_BOTH):
             self._refuse_copy()
         else:
