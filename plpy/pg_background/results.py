@@ -259,10 +259,20 @@ class TypeNames:
 
     def __init__(self, server: Server) -> None:
         self._server = server
+        self._built_in: dict[tuple[int, int], _TypeName] = {}
 
     def of(self, columns: tuple[Column, ...]) -> dict[tuple[int, int], _TypeName] | None:
         """Names by (oid, typmod); None while a type is not visible here (its creation has not committed)."""
-        wanted = sorted({(column.type_oid, column.typmod) for column in columns if column.style is not Style.PSEUDO})
+        wanted = {(column.type_oid, column.typmod) for column in columns if column.style is not Style.PSEUDO}
+        if not wanted <= self._built_in.keys():
+            names = self._look_up(sorted(wanted))
+            if names is None:
+                return None
+            self._built_in.update({key: name for key, name in names.items() if key[0] < FIRST_USER_OID})
+            return names
+        return self._built_in
+
+    def _look_up(self, wanted: list[tuple[int, int]]) -> dict[tuple[int, int], _TypeName] | None:
         rows = self._server.query(
             "SELECT t.oid, w.typmod, pg_catalog.quote_ident(n.nspname) AS schema,"
             " pg_catalog.quote_ident(t.typname) AS name,"

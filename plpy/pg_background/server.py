@@ -10,7 +10,7 @@ import ctypes
 import os
 import select
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import INTERNAL_ERROR, BackgroundError, Report
@@ -48,6 +48,8 @@ class Server:
         self._postmaster_pid = ctypes.c_int.in_dll(backend, "PostmasterPid").value
         self._poll = ctypes.CDLL(None).poll
         self.database_oid = ctypes.c_uint32.in_dll(backend, "MyDatabaseId").value
+        self._known_state = b""
+        self._known_settings: Mapping[str, str] = {}
         self._plans: dict[str, Any] = {}
         self.major = int(self.required_setting("server_version_num")) // 10000
         self.encoding = self.required_setting("server_encoding")
@@ -79,6 +81,13 @@ class Server:
         self._serialize_guc_state(size, self._guc_buffer)
         length = ctypes.sizeof(ctypes.c_size_t) + ctypes.c_size_t.from_buffer(self._guc_buffer).value
         return self._guc_buffer.raw[:length]
+
+    def settings_under(self, guc_state: bytes, names: Sequence[str]) -> Mapping[str, str]:
+        """The values of these settings; guc_state, in which they all show, tells whether any has changed."""
+        if guc_state != self._known_state:
+            self._known_settings = {name: self.required_setting(name) for name in names}
+            self._known_state = guc_state
+        return self._known_settings
 
     def has_free_slots(self, wanted: int) -> bool:
         """Whether so many connections are free beside those reserved for superusers and the like."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Optional
 
-from . import switch
+from . import switch, wire
 from .errors import CONNECTION_FAILURE, INTERNAL_ERROR, BackgroundError, Report, background_error
 from .inheritance import Inheritance, Inherited
 from .loopback import Loopback
@@ -35,21 +35,17 @@ _FIELD_CODES = {
     "severity": ord("V"),
 }
 
-# What a job may have left behind: DISCARD ALL, spelled out, since that cannot share its query with others.
-_FORGET_JOB = (
-    b"CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ALL; DEALLOCATE ALL; UNLISTEN *;"
-    b" SELECT pg_catalog.pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES; RESET ROLE; "
-)
-
-# In a query of its own: only what is committed proves anything.
+# In a query of its own, between whose end and the job nothing runs: only what is committed proves anything.
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
-_WHO_AM_I = (
+_PROVE_ROLE = (
     b"SELECT pg_catalog.quote_ident(CURRENT_USER)::pg_catalog.regrole::pg_catalog.oid,"
     b" pg_catalog.quote_ident(SESSION_USER)::pg_catalog.regrole::pg_catalog.oid,"
-    b" pg_catalog.current_setting('is_superuser'),"
     b" (SELECT CASE WHEN r.rolsuper THEN 'on' ELSE 'off' END FROM pg_catalog.pg_roles r"
-    b"  WHERE r.rolname OPERATOR(pg_catalog.=) CURRENT_USER)"
+    b"  WHERE r.rolname OPERATOR(pg_catalog.=) CURRENT_USER),"
 )
+# Cheap enough for every reuse: the names must be those that were proved at the start.
+_WHO_AM_I = b"CURRENT_USER, SESSION_USER, pg_catalog.current_setting('is_superuser')"
+CLEAN_UP_ANSWERS = 2
 
 
 def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -> Report:
@@ -89,7 +85,8 @@ class WorkerSession:
         self.guc_state = b""
         self.known_to_supervisor = False
         self.closed = False
-        self._cleaning = False
+        self.users: list[str] = []
+        self._answers_awaited = 0
 
     @classmethod
     def start(
@@ -138,20 +135,21 @@ class WorkerSession:
     def verify(self) -> None:
         """Prove that the session's user is the role, and that nothing leads back to another."""
         self.run(_FORGET_ROLES)
-        row = self.run(_WHO_AM_I)
-        users = [row.get_value(0, column) for column in range(row.nfields)]
-        if not self.is_own_user([self._server.decode(user or b"") for user in users]):
+        row = self.run(_PROVE_ROLE + _WHO_AM_I)
+        shown = [self._server.decode(row.get_value(0, column) or b"") for column in range(row.nfields)]
+        current, session, may_be_superuser, *self.users = shown
+        own = str(self.role_oid)
+        if current != own or session != own or may_be_superuser != self.users[2]:
             raise background_error(
                 INTERNAL_ERROR,
                 "the background worker did not become the launching role",
-                detail=f"Its users are {users!r}, expected was role {self.role_oid}.",
+                detail=f"Its users are {shown!r}, expected was role {self.role_oid}.",
                 hint="The worker was closed. Please report this with the server's version.",
             )
 
-    def is_own_user(self, row: Sequence[str | None]) -> bool:
-        """Whether a row of _WHO_AM_I names the role, and its own power only."""
-        own = str(self.role_oid)
-        return len(row) == 4 and row[0] == own and row[1] == own and row[2] == row[3]
+    def is_own_user(self, users: Sequence[str | None]) -> bool:
+        """Whether a row of _WHO_AM_I says what it said when the role was proved."""
+        return len(users) > 0 and list(users) == self.users
 
     # --- between two jobs ---
 
@@ -160,34 +158,54 @@ class WorkerSession:
         """Whether the connection lives and is outside of a transaction."""
         return self.connection.transaction_status == _IDLE
 
-    def clean_up_query(self, idle_timeout_ms: int) -> bytes:
-        """One query that makes this session as a fresh one, and whose last row proves whose it is."""
-        idle = b"SET idle_session_timeout = %d; " % idle_timeout_ms
-        assign = self.inherited.assign + b"; " if self.inherited.assign else b""
-        return _FORGET_JOB + idle + assign + _WHO_AM_I
+    def clean_up_packet(self, idle_timeout_ms: int) -> bytes:
+        """Two queries that make this session as a fresh one; the last row of their answers proves whose it is."""
+        settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms
+        settings += self.inherited.assign + b"; " if self.inherited.assign else b""
+        return wire.query_message(b"DISCARD ALL") + wire.query_message(settings + b"SELECT " + _WHO_AM_I)
 
     def send_clean_up(self, idle_timeout_ms: int) -> None:
-        """Send that query; finish_clean_up reads its answer when the session is wanted again."""
-        self.connection.send_query(self.clean_up_query(idle_timeout_ms))
-        self._cleaning = True
-        self.flush()
+        """Send them past libpq; finish_clean_up reads the answers when the session is wanted again."""
+        packet = self.clean_up_packet(idle_timeout_ms)
+        if self._write_some(packet) != len(packet):
+            raise BackgroundError(backend_died(self.pid))
+        self._answers_awaited = CLEAN_UP_ANSWERS
 
     def finish_clean_up(self) -> bool:
-        """Whether the session may be used again. Seldom waits: the answer has come long ago."""
-        if not self._cleaning:
-            return not self._has_news()
-        self._cleaning = False
-        try:
-            row = self._last_result()
-        except BackgroundError:
-            return False
-        while self.connection.notifies() is not None:
-            continue
-        return self.is_own_user([self._server.decode(row.get_value(0, i) or b"") for i in range(row.nfields)])
+        """Whether the session may be used again. Seldom waits: the answers have come long ago."""
+        if not self._answers_awaited:
+            return not self._server.is_readable(self.connection.socket)
+        unread, answer = b"", wire.Answer()
+        while self._answers_awaited:
+            try:
+                received = os.read(self.connection.socket, _WRITE_BYTES)
+            except BlockingIOError:
+                self._server.wait_for(((self.connection.socket, READABLE),), None)
+                continue
+            except OSError:
+                return False
+            if not received:
+                return False
+            unread, answer = self._take_answers(unread + received, answer)
+            if answer.error:
+                return False
+        return not unread and self._is_own_row(answer)
 
-    def _has_news(self) -> bool:
-        """An idle connection has nothing to say but its end."""
-        return self._server.is_readable(self.connection.socket)
+    def _take_answers(self, window: bytes, answer: wire.Answer) -> tuple[bytes, wire.Answer]:
+        """What is left of the window, and the last answer in it."""
+        while window and self._answers_awaited:
+            position = wire.parse(window, answer)
+            if not answer.complete:
+                break
+            window = window[position.consumed :]
+            self._answers_awaited -= 1
+            if self._answers_awaited and not answer.error:
+                answer = wire.Answer()
+        return window, answer
+
+    def _is_own_row(self, answer: wire.Answer) -> bool:
+        values = wire.row_values(answer.row) if answer.row else []
+        return self.is_own_user([self._server.decode(value or b"") for value in values])
 
     # --- traffic ---
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import NamedTuple
 
 from .errors import INVALID_PARAMETER_VALUE, BackgroundError, Report
@@ -61,11 +62,15 @@ ALL = (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT, LAUNCH_TIMEOUT, POOL_SIZ
 
 def value(server: Server, definition: Definition) -> int:
     """The setting's value in its base unit. 22023 for text that is no such value."""
-    text = server.setting(definition.name) or definition.default
+    return _parsed(definition, server.setting(definition.name) or definition.default)
+
+
+@functools.lru_cache(maxsize=100)
+def _parsed(definition: Definition, text: str) -> int:
     try:
         return parse_integer_setting(definition.name, text, definition.unit, definition.low, definition.high)
     except SettingError as error:
-        raise BackgroundError(Report(INVALID_PARAMETER_VALUE, str(error.message), error.detail, error.hint)) from error
+        raise BackgroundError(Report(INVALID_PARAMETER_VALUE, error.message, error.detail, error.hint)) from error
 
 
 def queue_bytes(server: Server, queue_size: int) -> int:

@@ -80,6 +80,7 @@ class Channel:
         self.writing = False  # the session has not sent the whole job yet
         self.answer = wire.Answer()
         self.answers_left = 0
+        self.unclean = False  # an answer to the clean-up was an error
         self.skip = 0
         self.window = _WINDOW_BYTES
         self.tail = b""
@@ -355,6 +356,7 @@ class Supervisor:
         channel.job = job
         channel.answer = wire.Answer()
         channel.answers_left = 1 + job.groups_after
+        channel.unclean = False
         self._mark_dirty(row)
         timeout_ms = extras.get("timeout_ms", 0)
         if timeout_ms:
@@ -522,10 +524,11 @@ class Supervisor:
             if link is not None:
                 self._send(link, [messages.ENDED, channel.pid, job.row[KEY], changes, None])
             return
+        channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left == 0 and link is not None:
-            row = None if answer.error or answer.row is None else [_text(v) for v in wire.row_values(answer.row)]
+            row = [] if channel.unclean or answer.row is None else [_text(v) for v in wire.row_values(answer.row)]
             self._unwatch(channel)
-            self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row or []])
+            self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
 
     def _lost(self, channel: Channel, received: bytes | None) -> bool:
         """Nothing to read: not yet (b"" stands for the end of the connection)."""

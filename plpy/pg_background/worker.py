@@ -17,7 +17,7 @@ from .errors import ADMIN_SHUTDOWN, FEATURE_NOT_SUPPORTED, QUERY_CANCELED, Backg
 from .lexer import statement_count
 from .results import TAG_COLUMN, Column, TypeStyles, encode_rows, tag_rows
 from .server import READABLE, Server
-from .session import WorkerSession, backend_died, report_of
+from .session import CLEAN_UP_ANSWERS, WorkerSession, backend_died, report_of
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -105,7 +105,7 @@ class Worker:
 
     def _launch(self) -> None:
         """Several statements get one more, which tells the output settings that they end with."""
-        self.started_settings = {name: self._server.required_setting(name) for name in output_settings.NAMES}
+        self.started_settings = self._server.settings_under(self.session.guc_state, output_settings.NAMES)
         sql = self.job.sql
         if ";" in sql:
             standard_strings = self._server.setting("standard_conforming_strings") == "on"
@@ -123,7 +123,7 @@ class Worker:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
         self.tell_supervisor()
         packet = wire.query_message(self._server.encode(self.job.sql))
-        packet += wire.query_message(self.session.clean_up_query(self.job.idle_timeout_ms))
+        packet += self.session.clean_up_packet(self.job.idle_timeout_ms)
         self.session.write(packet, lambda writing: self._control.tell([messages.WRITING, self.pid, writing]))
 
     def tell_supervisor(self, *, again: bool = False) -> None:
@@ -134,7 +134,7 @@ class Worker:
         session = self.session
         extras = {
             "probe": self._statements > 1,
-            "clean_ups": 1 if self.job.submitted else 0,
+            "clean_ups": CLEAN_UP_ANSWERS if self.job.submitted else 0,
             "timeout_ms": self.job.timeout_ms,
             "unknown_position": again and (self.job.submitted or self.detached),
         }
