@@ -82,16 +82,20 @@ def install_importer(read_source: Callable[[str], str]) -> None:
     sys.meta_path.insert(0, _Importer(read_source))
 
 
-def load(plpy: Any, gd: dict[str, Any], key: str) -> Any:
-    """The session's runtime, newly imported and kept in GD under `key`, which names version and sources.
+def load(plpy: Any, gd: dict[str, Any], key: str, module: str) -> Any:
+    """A module's Runtime, newly made and kept in GD under (key, module); the key names version and sources.
 
     A runtime of other sources (before ALTER EXTENSION UPDATE, say) lets its workers go on to their ends first.
     """
-    for old in [name for name in gd if name.startswith(_PACKAGE + " ")]:
-        gd.pop(old).retire()
-    read_source = source_reader(plpy)
-    install_importer(read_source)
-    calls = importlib.import_module(_PACKAGE + ".calls")
     memory = gd.setdefault("memory of " + _PACKAGE, {})
-    gd[key] = runtime = calls.Runtime(plpy, memory, key, read_source)
+    runtimes = memory.setdefault("runtimes", {})
+    read_source = source_reader(plpy)
+    if memory.get("key") != key:
+        for old in list(runtimes):
+            del gd[old]
+            runtimes.pop(old).retire()
+        install_importer(read_source)
+        memory["key"] = key
+    runtime = importlib.import_module(f"{_PACKAGE}.{module}").Runtime(plpy, memory, key, read_source)
+    gd[key, module] = runtimes[key, module] = runtime
     return runtime

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable, Optional, TypeVar
 
-from . import lexer, output_settings, settings
+from . import lexer, messages, output_settings, settings
 from .backlog import Rows
 from .errors import (
     FEATURE_NOT_SUPPORTED,
@@ -30,6 +30,8 @@ from .worker import PREVIEW_CHARACTERS, Job, State, Worker
 
 _LAST_ERROR_CHARACTERS = 512
 _MAX_TIMEOUT_MS = 86_400_000
+_MAX_GRACE_MS = 3_600_000
+_TERMINATION_S = 5.0  # how long a call waits for a backend that it has terminated
 
 Method = TypeVar("Method", bound=Callable[..., str])
 
@@ -217,10 +219,60 @@ class Runtime:
     def wait(self, pid: int, cookie: int | None, timeout_ms: int | None) -> str:
         """ "true" when the work has ended, "false" at the timeout."""
         deadline = None if timeout_ms is None else time.monotonic() + _clamp(timeout_ms, _MAX_TIMEOUT_MS) / 1000
-        worker = self._registry.find(pid, cookie)
+        worker = self._tracked(pid, cookie)
+        if worker is None:
+            return self._wait_elsewhere(pid, cookie or 0, deadline)
         ended = worker.wait(deadline)
         self._registry.count_end(worker)
         return "true" if ended else "false"
+
+    def _tracked(self, pid: int, cookie: int | None) -> Worker | None:
+        """The worker if this session tracks it; None if it is another's, or detached."""
+        return None if self._registry.tracked(pid) is None else self._registry.find(pid, cookie)
+
+    def _row_elsewhere(self, pid: int, cookie: int) -> dict[str, Any]:
+        """The row of a worker of another session, or a detached one. 42704, 42501."""
+        row = self._registry.control.ask(messages.FIND, pid, cookie)
+        if row is None:
+            raise background_error(
+                UNDEFINED_OBJECT,
+                f"there is no background worker with PID {pid} and cookie {cookie} in this database",
+                hint="It may have ended longer ago than pg_background.history, or the server was restarted."
+                " See pg_background_activity.",
+            )
+        self._registry.require_membership(int(row["role_oid"]), pid)
+        return dict(row)
+
+    def _wait_elsewhere(self, pid: int, cookie: int, deadline: float | None) -> str:
+        if self._row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
+            return "true"
+        try:
+            self._registry.control.ask(messages.WAIT, pid, cookie, deadline=deadline)
+        except TimeoutError:
+            return "false"
+        return "true"
+
+    @_reply
+    def cancel(self, pid: int, cookie: int, grace_ms: int | None) -> str:
+        """Ask a worker to stop; with a grace, wait so long for its end, and then for that of its backend."""
+        grace = None if grace_ms is None else _clamp(grace_ms, _MAX_GRACE_MS)
+        worker = self._tracked(pid, cookie)
+        if worker is not None:
+            self._registry.refresh(worker)
+            if worker.ended:
+                return ""
+            worker.cancel_requested = worker.signaled = True
+        elif self._row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
+            return ""
+        self._registry.control.ask(messages.CANCEL, pid, cookie, grace)
+        if grace is not None:
+            deadline = time.monotonic() + grace / 1000 + _TERMINATION_S
+            if worker is not None:
+                worker.wait(deadline)
+                self._registry.count_end(worker)
+            else:
+                self._wait_elsewhere(pid, cookie, deadline)
+        return ""
 
     @_reply
     def detach(self, pid: int, cookie: int | None) -> str:
@@ -244,6 +296,7 @@ class Runtime:
                 "sql_preview": worker.job.sql[:PREVIEW_CHARACTERS],
                 "last_error": worker.error.message[:_LAST_ERROR_CHARACTERS] if worker.error and worker.ended else None,
                 "consumed": worker.consumed,
+                "label": worker.job.label,
             }
             for worker in self._registry.all()
             if self._registry.may_manage(worker.role_oid)

@@ -56,6 +56,9 @@ class Listener(Protocol):
     def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
         """A submitted or detached job has ended, or its connection was cleaned for reuse."""
 
+    def on_canceling(self, pid: int, key: int) -> None:
+        """Another session has asked a worker to stop."""
+
     def hand_over_again(self) -> None:
         """A new supervisor knows nothing yet: tell it of every worker."""
 
@@ -180,6 +183,8 @@ class Control:
         kind, *arguments = message
         if kind == messages.ENDED and self.listener is not None:
             self.listener.on_ended(*arguments)
+        elif kind == messages.CANCELING and self.listener is not None:
+            self.listener.on_canceling(*arguments)
         elif kind == messages.REPLY:
             self._replies[arguments[0]] = arguments[1]
         elif kind == messages.MOVED:

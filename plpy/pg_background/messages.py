@@ -35,6 +35,7 @@ PROGRESS = "progress"  # percent, message
 WELCOME = "welcome"
 OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
 ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
+CANCELING = "canceling"  # worker pid, key: another session has asked the worker to stop
 MOVED = "moved"  # another supervisor will take over: connect anew
 REPLY = "reply"  # request, value
 

@@ -286,6 +286,12 @@ class Registry:
         else:
             self._end_session(session)
 
+    def on_canceling(self, pid: int, key: int) -> None:
+        """Another session has asked a worker to stop."""
+        for worker in (self._workers.get(pid), self._elsewhere.get(key)):
+            if worker is not None and worker.key == key:
+                worker.cancel_requested = worker.signaled = True
+
     def hand_over_again(self) -> None:
         """Tell a new supervisor of every running job, with its socket."""
         sessions = [worker.session for worker in [*self._workers.values(), *self._elsewhere.values()]]

@@ -73,6 +73,11 @@ class Store:
             f" ON CONFLICT ({KEY}) DO UPDATE SET {updates}",
             ["pg_catalog.text"],
         )
+        self._find = plpy.prepare(
+            f"SELECT * FROM {name} w WHERE w.pid OPERATOR(pg_catalog.=) $1 AND w.cookie OPERATOR(pg_catalog.=) $2"
+            " ORDER BY w.launched_at DESC LIMIT 1",
+            ["pg_catalog.int4", "pg_catalog.int8"],
+        )
         self._running = plpy.prepare(f"SELECT * FROM {name} w WHERE w.state OPERATOR(pg_catalog.=) 'running'")
         self._history = plpy.prepare(f"SELECT pg_catalog.current_setting('{HISTORY}', true) AS history")
         self._prune = plpy.prepare(
@@ -98,6 +103,12 @@ class Store:
         """Insert or update these rows, and commit."""
         self._plpy.execute(self._upsert, [json.dumps([*rows])])
         self._plpy.commit()
+
+    def find(self, pid: int, cookie: int) -> Row | None:
+        """The row with this handle, the latest where version 1 has several."""
+        rows = [dict(row) for row in self._plpy.execute(self._find, [pid, cookie])]
+        self._plpy.commit()
+        return rows[0] if rows else None
 
     def running(self) -> list[Row]:
         """Rows that say running."""

@@ -26,6 +26,7 @@ _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
 _IDLE_S = 60.0  # with nothing to do it ends after this
+_BLOCKED_S = 0.07  # a worker that waits for its reader does not heed a cancel, only its termination
 _PRUNE_S = 60.0
 _SUCCESSION_S = 600.0  # a busy one makes room after this: its statistics reach autovacuum only at its end
 _WINDOW_BYTES = 1 << 16
@@ -571,7 +572,8 @@ class Supervisor:
             return changes
         fields = {name: _text(value) for name, value in wire.error_fields(answer.error).items()}
         ours = job.canceled and fields.get("sqlstate") in ("57014", "57P01")
-        if job.timed_out and fields.get("sqlstate") == "57014":
+        if job.timed_out and not job.canceled and fields.get("sqlstate") in ("57014", "57P01"):
+            fields["sqlstate"] = "57014"
             fields["message"] = "canceling background worker due to pg_background.worker_timeout"
         changes.update(state="canceled" if ours else "error", sqlstate=fields.pop("sqlstate", None))
         for name in ("message", "detail", "hint", "context"):
@@ -589,9 +591,11 @@ class Supervisor:
                 job.kill_at = time.monotonic() + grace_ms / 1000
             channel = self._channels.get(pid)
             if channel is not None and channel.job is job:
+                if channel.link is not None and channel.link is not link:
+                    self._send(channel.link, [messages.CANCELING, pid, job.row[KEY]])
                 self._signal(channel, signal.SIGINT)
             self._unwatched.add(job.row[KEY])
-        self._send(link, [messages.REPLY, request, job.row if job is not None else None])
+        self._send(link, [messages.REPLY, request, job is not None])
 
     def _fire_deadlines(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -599,6 +603,7 @@ class Supervisor:
             if job is None or not job.running:
                 continue
             job.timed_out = True
+            job.kill_at = now + _BLOCKED_S
             channel = self._channels.get(job.row["pid"])
             if channel is not None and channel.job is job:
                 self._signal(channel, signal.SIGINT)
@@ -624,15 +629,25 @@ class Supervisor:
         return None
 
     def _on_find(self, link: Link, request: int, pid: int, cookie: int) -> None:
+        self._send(link, [messages.REPLY, request, self._row(pid, cookie)])
+
+    def _row(self, pid: int, cookie: int) -> Row | None:
+        """What is known of a handle: from memory, or from the table when it ended long ago."""
         job = self._find(pid, cookie)
-        self._send(link, [messages.REPLY, request, job.row if job is not None else None])
+        if job is not None or self._store is None:
+            return None if job is None else job.row
+        try:
+            return self._store.find(pid, cookie)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the table is of no use now
+            self._store_failed({}, error)
+            return None
 
     def _on_wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
         job = self._find(pid, cookie)
         if job is not None and job.running:
             job.waiters.append((link, request))
         else:
-            self._send(link, [messages.REPLY, request, job.row if job is not None else None])
+            self._send(link, [messages.REPLY, request, self._row(pid, cookie)])
 
     def _on_am_i_worker(self, link: Link, request: int) -> None:
         channel = self._channels.get(link.pid)

@@ -303,7 +303,7 @@ class Worker:
         if position == self._statements - 1:
             if self.columns is None:
                 self.columns = self._columns_of(result)
-            if result.ntuples and not self.error:
+            if result.ntuples and not self.error and not self.cancel_requested:
                 try:
                     for rows in encode_rows(result, self.columns):
                         self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
@@ -343,9 +343,9 @@ class Worker:
         """The job is over: commit or rollback has happened. The supervisor need not find out by itself."""
         if self.ended:
             return
-        if self._timed_out():
-            assert self.error is not None
-            self._replace_error("canceling background worker due to pg_background.worker_timeout")
+        if self.error is not None and self.error.sqlstate in (QUERY_CANCELED, ADMIN_SHUTDOWN):
+            self._control.hear()  # of a cancel that another session asked for
+            self._explain_timeout()
         if self.error is None and self.columns is None:
             self.columns = (TAG_COLUMN,)
             self.backlog.append(tag_rows(self._tags), _NO_LIMIT)
@@ -381,14 +381,12 @@ class Worker:
         )
         return {name: value for name, value in changes.items() if value is not None}
 
-    def _timed_out(self) -> bool:
-        """Whether worker_timeout ended it: the supervisor can only cancel, and the server does not know why."""
+    def _explain_timeout(self) -> None:
+        """worker_timeout ends a worker by a cancel, of which the server does not know why it came."""
         over = (time.monotonic() - self._started) * 1000 >= self.job.timeout_ms > 0
-        return over and not self.cancel_requested and self.error is not None and self.error.sqlstate == QUERY_CANCELED
-
-    def _replace_error(self, message: str) -> None:
-        assert self.error is not None
-        self.error = replace(self.error, message=message)
+        if over and not self.cancel_requested and self.error is not None:
+            message = "canceling background worker due to pg_background.worker_timeout"
+            self.error = replace(self.error, sqlstate=QUERY_CANCELED, message=message)
 
     def _was_canceled(self) -> bool:
         """Whether our cancel ended it: 57014, or 57P01 after the grace."""
