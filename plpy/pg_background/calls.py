@@ -56,6 +56,7 @@ class Runtime:
         settings.define(memory)
         self._server = Server(plpy)
         self._registry = Registry(self._server, digest, read_source)
+        self._configurations = settings.Configurations(self._server, output_settings.NAMES)
         self._reading: dict[int, Reading] = {}
         self._reader_settings = output_settings.ReaderSettings(self._server)
 
@@ -98,15 +99,9 @@ class Runtime:
         return f"({worker.pid},{worker.cookie})"
 
     def _launch(self, sql: str, queue_size: int, *, v1: bool = False, submitted: bool = False) -> Worker:
-        server = self._server
-        job = Job(
-            sql,
-            settings.queue_bytes(server, queue_size),
-            submitted,
-            timeout_ms=settings.value(server, settings.WORKER_TIMEOUT),
-            idle_timeout_ms=settings.value(server, settings.POOL_IDLE_TIMEOUT),
-        )
-        command = lexer.forbidden(sql, server.setting("standard_conforming_strings") == "on")
+        configuration = self._configurations.now()
+        job = Job(sql, configuration.queue_bytes(queue_size), submitted)
+        command = lexer.forbidden(sql, configuration.standard_strings)
         if command is not None:
             raise background_error(
                 FEATURE_NOT_SUPPORTED,
@@ -114,7 +109,7 @@ class Runtime:
                 detail="Its SQL runs as one implicit transaction, without a client of its own.",
                 hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
             )
-        return self._registry.launch(job, v1=v1)
+        return self._registry.launch(job, configuration, v1=v1)
 
     # --- reading ---
 

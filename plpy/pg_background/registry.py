@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
-from . import messages, settings
+from . import messages
 from .control import Control
 from .errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
@@ -23,6 +23,7 @@ from .pool import Pool
 from .results import TypeNames, TypeStyles
 from .server import READABLE, Server
 from .session import WorkerSession
+from .settings import Configuration
 from .worker import Job, State, Worker
 
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
@@ -41,6 +42,7 @@ class Registry:
         self.control = Control(server, self._loopback_of_session, digest, read_source)
         self.control.listener = self
         self._pool = Pool(server)
+        self._configuration: Configuration | None = None  # of the latest launch
         self._workers: dict[int, Worker] = {}  # tracked, by pid
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
@@ -50,17 +52,18 @@ class Registry:
 
     # --- starting ---
 
-    def launch(self, job: Job, *, v1: bool = False) -> Worker:
+    def launch(self, job: Job, configuration: Configuration, *, v1: bool = False) -> Worker:
         """Start a worker as the caller; it is tracked once its SQL has been sent.
 
         53400 at max_workers, 53300 where the server has no connection left, each after launch_timeout.
         """
-        deadline = time.monotonic() + settings.value(self.server, settings.LAUNCH_TIMEOUT) / 1000
-        max_workers = settings.value(self.server, settings.MAX_WORKERS)
+        self._configuration = configuration
+        deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
         self.control.hear()
-        self._wait_for_room(max_workers, deadline)
-        session = self._session(deadline)
-        worker = Worker(self.server, self._styles, self.control, session, job, v1=v1)
+        if len(self._workers) >= configuration.max_workers:
+            self._wait_for_room(configuration.max_workers, deadline)
+        session = self._session(configuration, deadline)
+        worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
         try:
             if job.submitted:
                 self._elsewhere[worker.key] = worker
@@ -97,12 +100,12 @@ class Registry:
         assert descriptor is not None
         return bool(self.server.wait_for(((descriptor, READABLE),), deadline))
 
-    def _session(self, deadline: float) -> WorkerSession:
+    def _session(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session of the caller's role, with the caller's settings: a kept one, or a new one."""
-        role_oid, guc_state = self.server.caller(), self.server.guc_state()
-        if settings.value(self.server, settings.POOL_SIZE):
+        role_oid, guc_state = self.server.caller(), configuration.guc_state
+        if configuration.pool_size:
             while True:
-                session = self._kept_session(role_oid, guc_state)
+                session = self._kept_session(role_oid, configuration)
                 if session is None or session.finish_clean_up():
                     break
                 self._end_session(session)
@@ -110,10 +113,11 @@ class Registry:
                 return self._renew(session, guc_state)
         return self._new_session(role_oid, guc_state, deadline)
 
-    def _kept_session(self, role_oid: int, guc_state: bytes) -> WorkerSession | None:
+    def _kept_session(self, role_oid: int, configuration: Configuration) -> WorkerSession | None:
         """A kept session whose pid no tracked worker has; if need be, an ended submitted worker is let go for it."""
+        guc_state = configuration.guc_state
         session = self._pool.take(role_oid, guc_state, self._inheritance, self._workers)
-        if session is None and len(self._workers) >= settings.value(self.server, settings.POOL_SIZE):
+        if session is None and len(self._workers) >= configuration.pool_size:
             session = self._pool.take(role_oid, guc_state, self._inheritance, ())
             if session is not None:
                 self._forget_ended_with_pid(session.pid)
@@ -241,10 +245,9 @@ class Registry:
     def _keep_or_end(self, worker: Worker) -> None:
         """Give a session back whose job was read to its end."""
         session = worker.session
-        size = settings.value(self.server, settings.POOL_SIZE)
-        if worker.is_reusable and self._pool.has_room(size):
+        if worker.is_reusable and self._pool.has_room(worker.configuration.pool_size):
             try:
-                session.send_clean_up(settings.value(self.server, settings.POOL_IDLE_TIMEOUT))
+                session.send_clean_up(worker.configuration.pool_idle_timeout_ms)
             except Exception:
                 self._end_session(session)
                 raise
@@ -280,8 +283,11 @@ class Registry:
         session = self._cleaned_elsewhere.pop(key, None)
         if session is None:
             return
-        size = settings.value(self.server, settings.POOL_SIZE)
-        if self._pool.has_room(size) and session.is_own_user(clean_up):
+        if (
+            self._configuration is not None
+            and self._pool.has_room(self._configuration.pool_size)
+            and session.is_own_user(clean_up)
+        ):
             self._pool.put(session)
         else:
             self._end_session(session)

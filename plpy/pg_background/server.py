@@ -10,7 +10,7 @@ import ctypes
 import os
 import select
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from .errors import INTERNAL_ERROR, BackgroundError, Report
@@ -47,9 +47,8 @@ class Server:
         self._interrupt_pending = ctypes.c_int.in_dll(backend, "InterruptPending")
         self._postmaster_pid = ctypes.c_int.in_dll(backend, "PostmasterPid").value
         self._poll = ctypes.CDLL(None).poll
+        self._poll_arrays = [(_PollDescriptor * count)() for count in range(4)]
         self.database_oid = ctypes.c_uint32.in_dll(backend, "MyDatabaseId").value
-        self._known_state = b""
-        self._known_settings: Mapping[str, str] = {}
         self._plans: dict[str, Any] = {}
         self.major = int(self.required_setting("server_version_num")) // 10000
         self.encoding = self.required_setting("server_encoding")
@@ -81,13 +80,6 @@ class Server:
         self._serialize_guc_state(size, self._guc_buffer)
         length = ctypes.sizeof(ctypes.c_size_t) + ctypes.c_size_t.from_buffer(self._guc_buffer).value
         return self._guc_buffer.raw[:length]
-
-    def settings_under(self, guc_state: bytes, names: Sequence[str]) -> Mapping[str, str]:
-        """The values of these settings; guc_state, in which they all show, tells whether any has changed."""
-        if guc_state != self._known_state:
-            self._known_settings = {name: self.required_setting(name) for name in names}
-            self._known_state = guc_state
-        return self._known_settings
 
     def has_free_slots(self, wanted: int) -> bool:
         """Whether so many connections are free beside those reserved for superusers and the like."""
@@ -182,8 +174,13 @@ class Server:
 
     def is_readable(self, descriptor: int) -> bool:
         """Whether something has arrived, without waiting."""
-        polled = _PollDescriptor(descriptor, READABLE)
-        return self._poll(ctypes.byref(polled), ctypes.c_ulong(1), 0) > 0
+        polled = self._poll_arrays[1]
+        polled[0].fd, polled[0].events = descriptor, READABLE
+        return bool(self._poll(polled, ctypes.c_ulong(1), 0) > 0)
+
+    def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:
+        """Wait until something has arrived; False at the deadline (time.monotonic()). Handles interrupts meanwhile."""
+        return bool(self.wait_for(((descriptor, READABLE),), deadline))
 
     def wait_for(self, descriptors: Sequence[tuple[int, int]], deadline: float | None) -> list[int]:
         """Wait until one of (fd, events) is ready or the deadline (time.monotonic()) has passed.
@@ -191,7 +188,9 @@ class Server:
         Returns the positions of those that are ready; none at the deadline. Handles interrupts meanwhile.
         """
         count = len(descriptors)
-        polled = (_PollDescriptor * count)(*descriptors)
+        polled = self._poll_arrays[count] if count < len(self._poll_arrays) else (_PollDescriptor * count)()
+        for position, (descriptor, events) in enumerate(descriptors):
+            polled[position].fd, polled[position].events = descriptor, events
         while True:
             self.handle_interrupts()
             ready = self._poll(polled, ctypes.c_ulong(count), _slice_ms(deadline))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from .errors import INVALID_PARAMETER_VALUE, BackgroundError, Report
@@ -62,31 +62,66 @@ ALL = (MAX_WORKERS, DEFAULT_QUEUE_SIZE, WORKER_TIMEOUT, LAUNCH_TIMEOUT, POOL_SIZ
 
 def value(server: Server, definition: Definition) -> int:
     """The setting's value in its base unit. 22023 for text that is no such value."""
-    return _parsed(definition, server.setting(definition.name) or definition.default)
-
-
-@functools.lru_cache(maxsize=100)
-def _parsed(definition: Definition, text: str) -> int:
+    text = server.setting(definition.name) or definition.default
     try:
         return parse_integer_setting(definition.name, text, definition.unit, definition.low, definition.high)
     except SettingError as error:
         raise BackgroundError(Report(INVALID_PARAMETER_VALUE, error.message, error.detail, error.hint)) from error
 
 
-def queue_bytes(server: Server, queue_size: int) -> int:
-    """What a call's queue_size comes to. 22023 outside of 64 bytes to 256 MB."""
-    if queue_size <= 0:
-        return max(_EFFECTIVE_QUEUE_BYTES, value(server, DEFAULT_QUEUE_SIZE))
-    if not MIN_QUEUE_BYTES <= queue_size <= MAX_QUEUE_BYTES:
-        raise BackgroundError(
-            Report(
-                INVALID_PARAMETER_VALUE,
-                f"queue_size {queue_size} is out of range",
-                hint=f"Between {MIN_QUEUE_BYTES} and {MAX_QUEUE_BYTES} bytes are possible;"
-                " 0 means pg_background.default_queue_size.",
+class Configuration(NamedTuple):
+    """All that a launch wants to know of this session's settings, in their base units."""
+
+    guc_state: bytes
+    max_workers: int
+    default_queue_bytes: int
+    worker_timeout_ms: int
+    launch_timeout_ms: int
+    pool_size: int
+    pool_idle_timeout_ms: int
+    standard_strings: bool
+    output: Mapping[str, str]
+
+    def queue_bytes(self, queue_size: int) -> int:
+        """What a call's queue_size comes to. 22023 outside of 64 bytes to 256 MB."""
+        if queue_size <= 0:
+            return max(_EFFECTIVE_QUEUE_BYTES, self.default_queue_bytes)
+        if not MIN_QUEUE_BYTES <= queue_size <= MAX_QUEUE_BYTES:
+            raise BackgroundError(
+                Report(
+                    INVALID_PARAMETER_VALUE,
+                    f"queue_size {queue_size} is out of range",
+                    hint=f"Between {MIN_QUEUE_BYTES} and {MAX_QUEUE_BYTES} bytes are possible;"
+                    " 0 means pg_background.default_queue_size.",
+                )
             )
-        )
-    return max(_EFFECTIVE_QUEUE_BYTES, queue_size)
+        return max(_EFFECTIVE_QUEUE_BYTES, queue_size)
+
+
+class Configurations:
+    """The configuration of now, computed anew only when the settings have changed."""
+
+    def __init__(self, server: Server, output_names: Sequence[str]) -> None:
+        self._server = server
+        self._output_names = output_names
+        self._last: Configuration | None = None
+
+    def now(self) -> Configuration:
+        """The configuration under the settings of now. 22023 for a setting that has no valid value."""
+        guc_state = self._server.guc_state()
+        if self._last is None or self._last.guc_state != guc_state:
+            self._last = Configuration(
+                guc_state,
+                value(self._server, MAX_WORKERS),
+                value(self._server, DEFAULT_QUEUE_SIZE),
+                value(self._server, WORKER_TIMEOUT),
+                value(self._server, LAUNCH_TIMEOUT),
+                value(self._server, POOL_SIZE),
+                value(self._server, POOL_IDLE_TIMEOUT),
+                self._server.setting("standard_conforming_strings") == "on",
+                {name: self._server.required_setting(name) for name in self._output_names},
+            )
+        return self._last
 
 
 def define(memory: dict[str, object]) -> None:

@@ -18,6 +18,7 @@ from .lexer import statement_count
 from .results import TAG_COLUMN, Column, TypeStyles, encode_rows, tag_rows
 from .server import READABLE, Server
 from .session import CLEAN_UP_ANSWERS, WorkerSession, backend_died, report_of
+from .settings import Configuration
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -51,8 +52,6 @@ class Job(NamedTuple):
     queue_size: int
     submitted: bool = False
     label: str | None = None
-    timeout_ms: int = 0
-    idle_timeout_ms: int = 0
 
 
 class Worker:
@@ -62,13 +61,22 @@ class Worker:
     """
 
     def __init__(
-        self, server: Server, styles: TypeStyles, control: Control, session: WorkerSession, job: Job, *, v1: bool
+        self,
+        server: Server,
+        styles: TypeStyles,
+        control: Control,
+        session: WorkerSession,
+        job: Job,
+        configuration: Configuration,
+        *,
+        v1: bool,
     ) -> None:
         self._server = server
         self._styles = styles
         self._control = control
         self.session = session
         self.job = job
+        self.configuration = configuration
         self.pid = session.pid
         self.key = secrets.randbits(_KEY_BITS) or 1
         self.cookie = 0 if v1 else self.key
@@ -105,11 +113,10 @@ class Worker:
 
     def _launch(self) -> None:
         """Several statements get one more, which tells the output settings that they end with."""
-        self.started_settings = self._server.settings_under(self.session.guc_state, output_settings.NAMES)
+        self.started_settings = self.configuration.output
         sql = self.job.sql
         if ";" in sql:
-            standard_strings = self._server.setting("standard_conforming_strings") == "on"
-            self._statements = statement_count(sql, standard_strings)
+            self._statements = statement_count(sql, self.configuration.standard_strings)
         connection = self.session.connection
         connection.notice_handler = self._take_notice
         encoded = self._server.encode(sql)
@@ -123,7 +130,7 @@ class Worker:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
         self.tell_supervisor()
         packet = wire.query_message(self._server.encode(self.job.sql))
-        packet += self.session.clean_up_packet(self.job.idle_timeout_ms)
+        packet += self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
         self.session.write(packet, lambda writing: self._control.tell([messages.WRITING, self.pid, writing]))
 
     def tell_supervisor(self, *, again: bool = False) -> None:
@@ -135,7 +142,7 @@ class Worker:
         extras = {
             "probe": self._statements > 1,
             "clean_ups": CLEAN_UP_ANSWERS if self.job.submitted else 0,
-            "timeout_ms": self.job.timeout_ms,
+            "timeout_ms": self.configuration.worker_timeout_ms,
             "unknown_position": again and (self.job.submitted or self.detached),
         }
         row = {
@@ -245,7 +252,7 @@ class Worker:
     @property
     def is_reusable(self) -> bool:
         """Whether the session can run another job: its connection lives, and no signal is on its way to it."""
-        timed = self.job.timeout_ms > 0 and self.state is State.ERROR
+        timed = self.configuration.worker_timeout_ms > 0 and self.state is State.ERROR
         return not self.signaled and not timed and self.session.is_idle
 
     def check_output_settings(self) -> None:
@@ -383,7 +390,7 @@ class Worker:
 
     def _explain_timeout(self) -> None:
         """worker_timeout ends a worker by a cancel, of which the server does not know why it came."""
-        over = (time.monotonic() - self._started) * 1000 >= self.job.timeout_ms > 0
+        over = (time.monotonic() - self._started) * 1000 >= self.configuration.worker_timeout_ms > 0
         if over and not self.cancel_requested and self.error is not None:
             message = "canceling background worker due to pg_background.worker_timeout"
             self.error = replace(self.error, sqlstate=QUERY_CANCELED, message=message)
