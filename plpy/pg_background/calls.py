@@ -115,7 +115,7 @@ class Runtime:
 
     @_reply
     def open_result(self, pid: int, cookie: int | None) -> str:
-        """Wait for the first rows; the query that delivers them, which calls `batches`."""
+        """Wait for the first rows; the query that delivers them, which calls `batches`, or "=" and command tags."""
         worker = self._registry.find_for_result(pid, cookie)
         if worker.job.submitted:
             raise background_error(
@@ -140,6 +140,8 @@ class Runtime:
     def _rows_query(self, worker: Worker) -> str:
         """Types of the job's own making show only after its commit."""
         columns = worker.columns or ()
+        if worker.command_tags is not None:
+            return "=" + worker.command_tags
         names = self._registry.type_names.of(columns)
         if names is None:
             worker.wait(None)
@@ -193,7 +195,13 @@ class Runtime:
     @_reply
     def close_result(self, pid: int) -> str:
         """Let the worker go after its rows were read; its error, if it had one."""
-        reading = self._reading.pop(pid)
+        reading = self._reading.pop(pid, None)
+        if reading is None:  # command tags: there were no rows to read
+            worker = self._registry.find(pid, None)
+            if worker.command_tags is None:
+                raise background_error(UNDEFINED_OBJECT, f"no result of PID {pid} is being read")
+            self._finish(worker)
+            return ""
         self._reader_settings.put_back(reading.worker.reader_before)
         self._registry.release(reading.worker)
         if reading.error is not None:

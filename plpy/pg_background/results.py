@@ -164,11 +164,6 @@ def _encode(result: PGresult, columns: tuple[Column, ...], rows: range) -> Itera
     yield from _encode(result, columns, rows[middle:])
 
 
-def tag_rows(tags: Iterable[bytes]) -> Rows:
-    """Command tags as rows of one text column."""
-    return Rows((_quoted(list(tags)),))
-
-
 def _plain(values: list[bytes | None]) -> bytes:
     try:
         return b"{" + b",".join(values) + b"}"  # type: ignore[arg-type]
@@ -243,7 +238,6 @@ _ENCODERS = {
     Style.PSEUDO: _pseudo,
 }
 
-TAG_COLUMN = Column(b"result", TEXT, -1, Style.QUOTED)
 
 
 class _TypeName(NamedTuple):

@@ -15,7 +15,7 @@ from .backlog import Backlog, Item
 from .control import Control
 from .errors import ADMIN_SHUTDOWN, FEATURE_NOT_SUPPORTED, QUERY_CANCELED, BackgroundError, Report
 from .lexer import statement_count
-from .results import TAG_COLUMN, Column, TypeStyles, encode_rows, tag_rows
+from .results import Column, TypeStyles, encode_rows
 from .server import READABLE, Server
 from .session import CLEAN_UP_ANSWERS, WorkerSession, backend_died, report_of
 from .settings import Configuration
@@ -91,6 +91,7 @@ class Worker:
         self.signaled = False  # a cancel may still be on its way: the session is not reused
         self.cancel_requested = False
         self.columns: tuple[Column, ...] | None = None
+        self.command_tags: str | None = None  # of a job that returned no rows, one a line
         self.elapsed_ms = 0.0
         self.backlog = Backlog()
         self.started_settings: Mapping[str, str] = {}
@@ -354,8 +355,7 @@ class Worker:
             self._control.hear()  # of a cancel that another session asked for
             self._explain_timeout()
         if self.error is None and self.columns is None:
-            self.columns = (TAG_COLUMN,)
-            self.backlog.append(tag_rows(self._tags), _NO_LIMIT)
+            self.command_tags = "\n".join(map(self._server.decode, self._tags))
         self._set_ended()
         self._control.tell_if_connected([messages.FINISHED, self.key, self._changes()])
 
