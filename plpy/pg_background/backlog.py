@@ -6,7 +6,7 @@ import os
 import pickle
 import tempfile
 from collections import deque
-from typing import IO, NamedTuple, Optional, Union
+from typing import IO, NamedTuple, Union
 
 from .errors import Report
 
@@ -73,7 +73,7 @@ class Backlog:
     def _spill(self, item: Item) -> None:
         if self._file is None:
             os.makedirs(_FOLDER, mode=0o700, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=_FOLDER)  # noqa: SIM115 - lives as long as the backlog
+            self._file = tempfile.TemporaryFile(dir=_FOLDER)
         self._file.seek(0, os.SEEK_END)
         pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
         self._in_file += 1
@@ -81,7 +81,7 @@ class Backlog:
     def _unspill(self) -> Item:
         assert self._file is not None
         self._file.seek(self._read_at)
-        item: Item = pickle.load(self._file)  # noqa: S301 - our own file, which nobody else can open
+        item: Item = pickle.load(self._file)
         self._read_at = self._file.tell()
         self._in_file -= 1
         if not self._in_file:

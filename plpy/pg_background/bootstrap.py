@@ -11,7 +11,7 @@ import importlib.machinery
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any, Optional
+from typing import Any
 
 _PACKAGE = "pg_background"
 _FUNCTION_PREFIX = "_pg_background_module_"
@@ -44,6 +44,7 @@ class _Importer(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of a module of this package; None for any other."""
+        del path, target
         if fullname != _PACKAGE and not fullname.startswith(_PACKAGE + "."):
             return None
         return importlib.machinery.ModuleSpec(fullname, self, origin=f"<{fullname}>", is_package=fullname == _PACKAGE)
@@ -82,7 +83,7 @@ def install_importer(read_source: Callable[[str], str]) -> None:
     sys.meta_path.insert(0, _Importer(read_source))
 
 
-def load(plpy: Any, gd: dict[str, Any], key: str, module: str) -> Any:
+def load(plpy: Any, gd: dict[Any, Any], key: str, module: str) -> Any:
     """A module's Runtime, newly made and kept in GD under (key, module); the key names version and sources.
 
     A runtime of other sources (before ALTER EXTENSION UPDATE, say) lets its workers go on to their ends first.

@@ -11,7 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, TypeVar
 
 from . import lexer, messages, output_settings, settings
 from .backlog import Rows
@@ -43,7 +43,7 @@ def _reply(method: Method) -> Method:
     def replying(self: Runtime, *arguments: Any) -> str:
         try:
             return method(self, *arguments)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - report_of raises what is none of the user's business again
             return "!" + self.report_of(error).to_json()
 
     return replying  # type: ignore[return-value]
@@ -188,7 +188,7 @@ class Runtime:
             reading.finished = True
         except GeneratorExit:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in _reply
             reading.error = self.report_of(error)
             reading.finished = True
 

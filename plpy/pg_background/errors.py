@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Optional
 
 # The SQLSTATEs that the extension raises by itself (PostgreSQL's appendix "Error Codes").
 CONNECTION_FAILURE = "08006"

@@ -12,7 +12,7 @@ import json
 import os
 import socket
 import struct
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 # session -> supervisor
 HELLO = "hello"  # digest of the sender's runtime

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container
-from typing import Optional
 
 from .inheritance import Inheritance
 from .server import Server

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Optional
 
 _START_FIELD = 19  # of /proc/PID/stat, counted from behind the command's name: starttime
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, Optional
+from typing import Any
 
 from . import messages
 from .control import Control
@@ -248,10 +248,11 @@ class Registry:
         if worker.is_reusable and self._pool.has_room(worker.configuration.pool_size):
             try:
                 session.send_clean_up(worker.configuration.pool_idle_timeout_ms)
-            except Exception:
+            except (OSError, BackgroundError):
+                # Its backend has died since the job's end, which is nothing to the job.
                 self._end_session(session)
-                raise
-            self._pool.put(session)
+            else:
+                self._pool.put(session)
         else:
             self._end_session(session)
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import repeat
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .backlog import Rows
 from .errors import DATATYPE_MISMATCH, FEATURE_NOT_SUPPORTED, background_error
@@ -237,7 +237,6 @@ _ENCODERS = {
     Style.RECORDS: _records,
     Style.PSEUDO: _pseudo,
 }
-
 
 
 class _TypeName(NamedTuple):

@@ -107,7 +107,7 @@ class Server:
         if not isinstance(error, (self._plpy.SPIError, self._plpy.Error)):
             return None
         names = ("detail", "hint", "schema_name", "table_name", "column_name", "datatype_name", "constraint_name")
-        fields = {name: getattr(error, name, None) for name in names}
+        fields: dict[str, Any] = {name: getattr(error, name, None) for name in names}
         sqlstate = getattr(error, "sqlstate", None) or INTERNAL_ERROR
         return Report(sqlstate, str(error.args[0]) if error.args else "", **fields)
 

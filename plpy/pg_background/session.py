@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 from . import switch, wire
 from .errors import CONNECTION_FAILURE, INTERNAL_ERROR, BackgroundError, Report, background_error

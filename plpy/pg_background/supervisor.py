@@ -16,7 +16,7 @@ import socket
 import time
 from collections import deque
 from datetime import datetime, timezone
-from typing import Any, Callable, Optional
+from typing import Any, Callable
 
 from . import messages, wire
 from .process import open_pidfd, process_start
@@ -638,7 +638,7 @@ class Supervisor:
             return None if job is None else job.row
         try:
             return self._store.find(pid, cookie)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the table is of no use now
+        except Exception as error:
             self._store_failed({}, error)
             return None
 

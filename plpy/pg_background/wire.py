@@ -6,7 +6,7 @@ An answer is a group of messages of PostgreSQL's protocol that ends with ReadyFo
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 _HEADER = struct.Struct("!cI")
 _TYPES = frozenset(bytes((code,)) for code in b"123ACDEGHIKNRSTVWcdnstvZ")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import messages, output_settings, wire
 from .backlog import Backlog, Item
@@ -273,7 +273,7 @@ class Worker:
                 changes.get("error_hint"),
                 changes.get("error_context"),
                 worker_pid=self.pid,
-                **{name: changes.get(name) for name in names},
+                **dict(zip(names, map(changes.get, names))),  # type: ignore[arg-type]
             )
         self._set_ended()
 
