@@ -183,40 +183,36 @@ def test_no_type_that_a_table_can_hold_is_left_out_here(conn: Session) -> None:
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_values_of_a_base_type_come_back(conn: Session, kind: str) -> None:
+def test_a_base_type_comes_back_alone_in_arrays_and_in_composites(conn: Session, kind: str) -> None:
     texts = VALUES[kind]
     assert_exact(conn, values_of(kind, [*texts, None]), [kind], len(texts) + 1)
     assert_exact(conn, values_of(kind, [None]), [kind], 1)
-    assert_exact(conn, values_of(kind, texts) + " LIMIT 0", [kind], 0)
-
-
-@pytest.mark.parametrize("kind", VALUES)
-def test_arrays_of_a_base_type_come_back(conn: Session, kind: str) -> None:
-    elements = [*VALUES[kind], None]
-    flat = "ARRAY[" + ", ".join(map(literal, elements)) + f"]::{kind}[]"
-    nested = f"ARRAY[{flat}, {flat}]"
-    bounds = f"array_fill({literal(VALUES[kind][0])}::{kind}, ARRAY[2, 1], ARRAY[-3, 7])::{kind}[]"
-    query = " UNION ALL ".join(
-        f"SELECT {array}" for array in (flat, nested, bounds, f"'{{}}'::{kind}[]", f"NULL::{kind}[]")
-    )
-    assert_exact(conn, query, [f"{kind}[]"], 5)
-
-
-@pytest.mark.parametrize("kind", VALUES)
-def test_a_composite_with_a_base_type_comes_back(conn: Session, kind: str) -> None:
-    conn.execute("DROP TYPE IF EXISTS holder CASCADE")
+    assert_exact(conn, f"{values_of(kind, texts)} LIMIT 0", [kind], 0)
+    assert_exact(conn, arrays_of(kind, [*texts, None]), [f"{kind}[]"], 5)
+    conn.execute("DROP TYPE IF EXISTS holder CASCADE; DROP TYPE IF EXISTS holders CASCADE")
     conn.execute(f"CREATE TYPE holder AS (a {kind}, b {kind}[], c int)")
     conn.execute("CREATE TYPE holders AS (one holder, many holder[])")
-    try:
-        row = f"ROW({literal(VALUES[kind][-1])}, ARRAY[{literal(VALUES[kind][0])}, NULL]::{kind}[], NULL)::holder"
-        query = f"SELECT {row}, ARRAY[{row}, NULL], ROW({row}, ARRAY[{row}, NULL])::holders"
-        query += " UNION ALL SELECT NULL, NULL, ROW(NULL, NULL)::holders"
-        types = ["holder", "holder[]", "holders"]
-        if kind == "aclitem":  # it has no send function, so that a row's fails
-            query, types = f"SELECT t::text FROM ({query}) t", ["text"]
-        assert_exact(conn, query, types, 2)
-    finally:
-        conn.execute("DROP TYPE holders; DROP TYPE holder")
+    query, types = composites_of(kind, texts), ["holder", "holder[]", "holders"]
+    if kind == "aclitem":  # it has no send function, so that a row's fails
+        query, types = f"SELECT t::text FROM ({query}) t", ["text"]
+    assert_exact(conn, query, types, 2)
+
+
+def arrays_of(kind: str, elements: Sequence[str | None]) -> str:
+    """Arrays of one and two dimensions, with odd bounds, empty, and none."""
+    flat = "ARRAY[" + ", ".join(map(literal, elements)) + f"]::{kind}[]"
+    nested = f"ARRAY[{flat}, {flat}]"
+    bounds = f"array_fill({literal(elements[0])}::{kind}, ARRAY[2, 1], ARRAY[-3, 7])::{kind}[]"
+    return " UNION ALL ".join(
+        f"SELECT {array}" for array in (flat, nested, bounds, f"'{{}}'::{kind}[]", f"NULL::{kind}[]")
+    )
+
+
+def composites_of(kind: str, texts: Sequence[str]) -> str:
+    """Rows of a composite type, of its arrays, and of a composite type of these."""
+    row = f"ROW({literal(texts[-1])}, ARRAY[{literal(texts[0])}, NULL]::{kind}[], NULL)::holder"
+    query = f"SELECT {row}, ARRAY[{row}, NULL], ROW({row}, ARRAY[{row}, NULL])::holders"
+    return f"{query} UNION ALL SELECT NULL, NULL, ROW(NULL, NULL)::holders"
 
 
 @pytest.mark.parametrize(("kind", "texts"), WITH_MODIFIERS)

@@ -165,9 +165,19 @@ class ReaderSettings:
             )
 
 
+def inherited(launchers: Mapping[str, str]) -> dict[str, str]:
+    """What a launcher's NAMES become in its worker: floats are always written so that they read back the same."""
+    settings = dict(launchers)
+    if int(settings["extra_float_digits"]) < 1:
+        settings["extra_float_digits"] = "1"
+    return settings
+
+
 def wanted_by_reader(dependence: Dependence, written: Mapping[str, str]) -> dict[str, str]:
     """The settings to read rows under that were written under `written`. 0A000 where they cannot be read."""
     wanted = {name: written[name] for name in dependence.settings if name != "extra_float_digits"}
+    if "DateStyle" in wanted:
+        wanted["DateStyle"] = _readable_style(written["DateStyle"])
     if _is_iso(written):
         wanted.pop("TimeZone", None)
     elif dependence.zoned_inside and not _prints_utc(written):
@@ -247,6 +257,14 @@ def settings_of(server: Server, row: PGresult) -> dict[str, str]:
 
 def _is_iso(settings: Mapping[str, str]) -> bool:
     return settings["DateStyle"].startswith("ISO")
+
+
+def _readable_style(date_style: str) -> str:
+    """The DateStyle that reads what this one prints: German has one order, and no style but ISO prints YMD."""
+    style, _, order = date_style.partition(", ")
+    if style == "German":
+        return "German, DMY"
+    return f"{style}, {'MDY' if order == 'YMD' and style != 'ISO' else order}"
 
 
 def _prints_utc(settings: Mapping[str, str]) -> bool:

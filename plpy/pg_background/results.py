@@ -139,7 +139,7 @@ def _style_of(row: dict[str, Any]) -> Style:
 
 
 def _style_of_column(style: Style | None, typmod: int) -> Style:
-    """The style of a type, None: unknown here, with a modifier. Unnest loses a modifier, and a cast could be planted."""
+    """The style of a type (None: unknown here) with a modifier; unnest loses that, and a cast could be planted."""
     if style is None or (style is Style.PACKED and typmod != -1):
         return Style.RECORDS
     return style
@@ -194,10 +194,8 @@ def _codes(values: list[bytes | None]) -> bytes:
 
 def _char_code(value: bytes) -> int:
     if len(value) == 4 and value.startswith(b"\\"):
-        code = int(value[1:], 8)
-    else:
-        code = value[0] if value else 0
-    return code - 256 if code > 127 else code
+        value = bytes((int(value[1:], 8),))
+    return int.from_bytes(value, "big", signed=True)
 
 
 def _packed(values: list[bytes | None]) -> bytes:
@@ -285,10 +283,9 @@ class TypeNames:
 
 # Types that SQL spells with key words, whose modifier may stand inside of the name, and their arrays; key words
 # cannot be planted.
-_KEYWORD_TYPES = frozenset(
-    (1042, 1043, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, 1560, 1562, NUMERIC)
-    + (1014, 1015, 1183, 1115, 1185, 1187, 1270, 1561, 1563, 1231)
-)
+_KEYWORD_TYPES = frozenset((1042, 1043, TIME, TIMESTAMP, TIMESTAMPTZ, INTERVAL, TIMETZ, 1560, 1562, NUMERIC)) | {
+    *(1014, 1015, 1183, 1115, 1185, 1187, 1270, 1561, 1563, 1231)
+}
 _MODIFIER = re.compile(r"\([^()]*\)(?=(\[\])?$)")
 
 
@@ -325,7 +322,8 @@ _ZONED = """CASE WHEN r.c{n} IS NULL THEN NULL
                         'detail', pg_catalog.format('"%s" stands for no single instant.', r.c{n}),
                         'hint', 'Set DateStyle to ISO in the session that launches the worker.')) IS NULL
                     THEN NULL END
-        FROM (SELECT pg_catalog.regexp_replace(r.c{n}, ' [^ ]+( BC)?$', '\\1')::pg_catalog.timestamp AS shown OFFSET 0) AS l,
+        FROM (SELECT pg_catalog.regexp_replace(r.c{n}, ' [^ ]+( BC)?$', '\\1')::pg_catalog.timestamp AS shown
+              OFFSET 0) AS l,
         LATERAL (
             SELECT pg_catalog.timezone('UTC', l.shown) OPERATOR(pg_catalog.-) (
                 s.near::pg_catalog.timestamp OPERATOR(pg_catalog.-) pg_catalog.timezone('UTC', s.near)) AS instant

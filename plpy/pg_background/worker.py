@@ -114,7 +114,7 @@ class Worker:
 
     def _launch(self) -> None:
         """Several statements get one more, which tells the output settings that they end with."""
-        self.started_settings = self.configuration.output
+        self.started_settings = output_settings.inherited(self.configuration.output)
         sql = self.job.sql
         if ";" in sql:
             self._statements = statement_count(sql, self.configuration.standard_strings)
