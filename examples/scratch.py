@@ -73,15 +73,15 @@ def _free_port() -> int:
         return port
 
 
-def _create(server: ScratchServer) -> None:
+def _create(server: ScratchServer, settings: str, pg_hba: str) -> None:
     """Initialize the cluster and start it."""
     data = server.folder / "data"
     user = server_user()
     initdb = [server.bin_folder / "initdb", "-D", data, "-U", user, "-E", "UTF8", "--locale=C.UTF-8"]
     run_as_server([*initdb, "--auth=peer", "--no-sync"], server.folder)
-    (data / "pg_hba.conf").write_text(_PG_HBA, "ascii")
+    (data / "pg_hba.conf").write_text(pg_hba, "ascii")
     with (data / "postgresql.conf").open("a", encoding="ascii") as conf:
-        conf.write(f"{_SETTINGS}port = {server.port}\nunix_socket_directories = '{server.folder}'\n")
+        conf.write(f"{settings}port = {server.port}\nunix_socket_directories = '{server.folder}'\n")
     pg_ctl = [server.bin_folder / "pg_ctl", "-D", data, "-l", server.folder / "server.log"]
     run_as_server([*pg_ctl, "-w", "-t", "60", "start"], server.folder)
 
@@ -102,7 +102,9 @@ def _exit_on_sigterm(signum: int, _frame: object) -> None:
 
 
 @contextmanager
-def scratch_server(bin_folder: Path) -> Iterator[ScratchServer]:
+def scratch_server(
+    bin_folder: Path, *, settings: str = _SETTINGS, pg_hba: str = _PG_HBA
+) -> Iterator[ScratchServer]:
     """A new server, started; stopped and removed when the block ends, by Ctrl-C or SIGTERM too."""
     folder = Path(tempfile.mkdtemp(prefix="pg_background-demo-"))
     server = ScratchServer(bin_folder, folder, _free_port())
@@ -110,7 +112,7 @@ def scratch_server(bin_folder: Path) -> Iterator[ScratchServer]:
     try:
         if os.geteuid() == 0:
             shutil.chown(folder, SERVER_USER, SERVER_USER)
-        _create(server)
+        _create(server, settings, pg_hba)
         yield server
     finally:
         # A second Ctrl-C must not leave a server behind.
