@@ -1,0 +1,136 @@
+"""The README holds: its tour runs line by line as an ordinary role, and gives what it shows.
+
+A ```text block shows what psql prints for the ```sql block before it; a ```console block is only an example.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from tests.clusters import Cluster, Role, Session, find_pg_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+DATABASE = "readme_tour"
+ALICE = Role("alice", "wonderland")
+
+_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+_MARK = "-- block of the README"
+
+
+class Step(NamedTuple):
+    """A ```sql block, and what psql prints for it where the README shows that."""
+
+    statements: str
+    shown: str | None
+
+
+def section(begin: str, end: str) -> str:
+    """The README between two markers."""
+    found = re.search(re.escape(begin) + "(.*?)" + re.escape(end), README, re.DOTALL)
+    assert found, f"README.md has no {begin} … {end}"
+    return found.group(1)
+
+
+def steps(text: str) -> list[Step]:
+    """The ```sql blocks, each with the ```text block that follows it."""
+    blocks = [(fence["language"], fence["body"]) for fence in _FENCE.finditer(text)]
+    following = [*blocks[1:], ("", "")]
+    return [
+        Step(body, after if language_after == "text" else None)
+        for (language, body), (language_after, after) in zip(blocks, following)
+        if language == "sql"
+    ]
+
+
+def normalized(printed: str) -> list[str]:
+    """Lines without what differs from run to run: pids, cookies, column widths, an error's context."""
+    printed = re.sub(r"^CONTEXT:.*", "", printed, flags=re.MULTILINE | re.DOTALL)
+    lines = []
+    for line in printed.splitlines():
+        short = re.sub(r"-+", "-", re.sub(r"\s+", " ", line)).strip()
+        if short:
+            lines.append(re.sub(r"\b\d{3,}\b", "N", short))
+    return lines
+
+
+def psql(session: Session, script: str) -> str:
+    """What psql prints, errors and notices too, in a session of its own as the session's role."""
+    program = find_pg_config().parent / "psql"
+    command = [str(program) if program.exists() else shutil.which("psql") or "psql", "-X"]
+    info = session.info
+    conninfo = {"host": info.host, "port": str(info.port), "dbname": info.dbname, "user": info.user}
+    ran = subprocess.run(
+        [*command, psycopg.conninfo.make_conninfo(password=info.password, **conninfo)],
+        input=script,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return ran.stdout
+
+
+@pytest.fixture
+def tourist(cluster: Cluster) -> Iterator[Session]:
+    """A session of the README's alice in a database where nothing was done but what the README says."""
+    admin_steps = steps(section("<!-- tour:admin -->", "<!-- tour:begin -->"))
+    database = sql.Identifier(DATABASE)
+    with cluster.connect() as admin:
+        admin.execute(sql.SQL("CREATE DATABASE {}").format(database))
+        try:
+            with cluster.connect(DATABASE) as superuser:
+                for step in admin_steps:
+                    superuser.execute(step.statements)
+            session = cluster.connect(DATABASE, ALICE)
+            yield session
+            session.close()
+        finally:
+            cluster.drop_database(DATABASE)
+            admin.execute(sql.SQL("DROP ROLE IF EXISTS {}").format(sql.Identifier(ALICE)))
+
+
+@pytest.mark.setups("peer")
+def test_the_tour_gives_what_the_readme_shows(tourist: Session) -> None:
+    tour = steps(section("<!-- tour:begin -->", "<!-- tour:end -->"))
+    assert len(tour) > 5
+    printed = psql(tourist, "".join(f"\\echo {_MARK}\n{step.statements}\n" for step in tour)).split(_MARK)[1:]
+    assert len(printed) == len(tour)
+    for step, output in zip(tour, printed):
+        if step.shown is not None:
+            assert normalized(output) == normalized(step.shown), step.statements
+        else:
+            assert "ERROR" not in output, f"{step.statements}\n{output}"
+
+
+@pytest.mark.setups("peer")
+def test_the_query_to_watch_shows_a_running_job_and_how_far_it_is(tourist: Session) -> None:
+    (step,) = steps(section("<!-- watch -->", "```console"))
+    query = re.sub(r"\\watch.*", ";", step.statements)
+    job = "SELECT pg_background_progress(40, 'step 8 of 20'); SELECT pg_sleep(3600)"
+    pid, cookie = tourist.rows("SELECT * FROM pg_background_launch_v2(%s)", (job,))[0]
+    shown = ""
+    for _ in range(100):
+        shown = psql(tourist, query)
+        if "step 8 of 20" in shown:
+            break
+    assert "[########............]  40%" in shown
+    assert "running" in shown
+    tourist.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 10000)", (pid, cookie))
+
+
+def test_the_settings_are_those_of_the_code() -> None:
+    from pg_background import settings
+
+    documented = dict(re.findall(r"^\| `(pg_background\.\w+)` \| (\S+) \|", README, re.MULTILINE))
+    assert documented == {definition.name: definition.default for definition in settings.ALL}
