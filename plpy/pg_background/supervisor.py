@@ -425,6 +425,8 @@ class Supervisor:
     def _on_closed(self, link: Link, pid: int) -> None:
         channel = self._channels.get(pid)
         if channel is not None and channel.link is link and not channel.drains:
+            if channel.job is not None and channel.job.running:
+                self._end(channel.job, _lost_connection(channel.job))  # announced, but it could not be sent
             self._close_channel(channel)
 
     def _close_channel(self, channel: Channel) -> None:

@@ -121,11 +121,12 @@ class Worker:
         connection = self.session.connection
         connection.notice_handler = self._take_notice
         encoded = self._server.encode(sql)
+        # First, so that no progress of this job can reach the supervisor before it knows of the job.
+        self.tell_supervisor()
         connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._statements > 1 else encoded)
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
         connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
         self.session.flush()
-        self.tell_supervisor()
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
