@@ -10,11 +10,12 @@ import errno
 import functools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Callable, TypeVar
 
 from . import lexer, messages, output_settings, settings
 from .backlog import Rows
+from .deadlock import Watch
 from .errors import (
     FEATURE_NOT_SUPPORTED,
     INSUFFICIENT_RESOURCES,
@@ -247,13 +248,24 @@ class Runtime:
         return dict(row)
 
     def _wait_elsewhere(self, pid: int, cookie: int, deadline: float | None) -> str:
+        """As wait, for a worker of another session, or a detached one: the supervisor tells of its end."""
+        control = self._registry.control
         if self._row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
             return "true"
+        if deadline is None:
+            with Watch(self._server, control, pid) as watch:
+                control.ask(messages.WAIT, pid, cookie, wait_for=watch.wait_for)
+            return "true"
         try:
-            self._registry.control.ask(messages.WAIT, pid, cookie, deadline=deadline)
+            control.ask(messages.WAIT, pid, cookie, wait_for=lambda awaited: self._wait_until(deadline, awaited))
         except TimeoutError:
             return "false"
         return "true"
+
+    def _wait_until(self, deadline: float, awaited: Sequence[tuple[int, int]]) -> None:
+        """TimeoutError at the deadline."""
+        if not self._server.wait_for(awaited, deadline):
+            raise TimeoutError
 
     @_reply
     def cancel(self, pid: int, cookie: int, grace_ms: int | None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from . import messages
@@ -50,6 +50,9 @@ _OPTIONS = {
 }
 
 
+WaitFor = Callable[[Sequence[tuple[int, int]]], object]
+
+
 class Listener(Protocol):
     """Who a session's news is for."""
 
@@ -77,6 +80,7 @@ class Control:
         self._socket: socket.socket | None = None
         self._requests = 0
         self._replies: dict[int, Any] = {}
+        self._awaited: set[int] = set()  # requests
         self._moved = False
         self.listener: Listener | None = None
 
@@ -139,21 +143,34 @@ class Control:
             except OSError:
                 self._drop()
 
-    def ask(self, kind: str, *arguments: Any, deadline: float | None = None) -> Any:
-        """Send a question and wait for its answer; TimeoutError at the deadline."""
+    def ask(self, kind: str, *arguments: Any, wait_for: WaitFor | None = None) -> Any:
+        """Send a question and wait for its answer.
+
+        wait_for: waits until a descriptor is ready, or raises what ends the wait; by default it has no limit.
+        """
         self._requests += 1
         request = self._requests
         asked: socket.socket | None = None
-        while True:
-            self.ensure()
-            if self._socket is not asked:
-                self.tell([kind, request, *arguments])
-                asked = self._socket
-            self.hear()
-            if request in self._replies:
-                return self._replies.pop(request)
-            if self._socket is not None and not self._server.wait_for(((self._socket.fileno(), READABLE),), deadline):
-                raise TimeoutError
+        self._awaited.add(request)
+        try:
+            while request not in self._replies:
+                self.ensure()
+                if self._socket is not asked:
+                    self.tell([kind, request, *arguments])
+                    asked = self._socket
+                self.hear()
+                if request not in self._replies and self._socket is not None:
+                    awaited = ((self._socket.fileno(), READABLE),)
+                    if wait_for is None:
+                        self._server.wait_for(awaited, None)
+                    else:
+                        wait_for(awaited)
+        except BaseException:
+            self.tell_if_connected([messages.FORGET, request])
+            raise
+        finally:
+            self._awaited.discard(request)
+        return self._replies.pop(request)
 
     def hear(self) -> None:
         """Take in all news that has come, without waiting."""
@@ -185,7 +202,7 @@ class Control:
             self.listener.on_ended(*arguments)
         elif kind == messages.CANCELING and self.listener is not None:
             self.listener.on_canceling(*arguments)
-        elif kind == messages.REPLY:
+        elif kind == messages.REPLY and arguments[0] in self._awaited:
             self._replies[arguments[0]] = arguments[1]
         elif kind == messages.MOVED:
             self._moved = True

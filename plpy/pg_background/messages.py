@@ -24,6 +24,8 @@ WRITING = "writing"  # worker pid, whether: while true, the job has not been sen
 MOVED_ON = "moved on"  # this link's workers are another supervisor's now
 FIND = "find"  # request, pid, cookie -> REPLY with the row or null
 WAIT = "wait"  # request, pid, cookie -> REPLY when it has ended, with the row or null
+WAITS_FOR = "waits for"  # request, worker pid -> REPLY with all such [session pid, worker pid]; null, null: no more
+FORGET = "forget"  # request: its WAIT has been given up
 CANCEL = "cancel"  # request, pid, cookie, grace in ms or null -> REPLY at once
 SYNC = "sync"  # request -> REPLY once all that is known stands in the table
 

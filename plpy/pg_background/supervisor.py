@@ -46,6 +46,8 @@ class Link:
         self.channels: set[int] = set()  # pids of workers
         self.closed = False
         self.moved_on = False
+        self.waiting: dict[int, Job] = {}  # by request: whose end the session is to be told
+        self.waits_for: int | None = None  # pid of the worker whose end the session waits for
 
 
 class Job:
@@ -131,6 +133,8 @@ class Supervisor:
             messages.MOVED_ON: self._on_moved_on,
             messages.FIND: self._on_find,
             messages.WAIT: self._on_wait,
+            messages.FORGET: self._on_forget,
+            messages.WAITS_FOR: self._on_waits_for,
             messages.CANCEL: self._on_cancel,
             messages.SYNC: self._on_sync,
             messages.AM_I_WORKER: self._on_am_i_worker,
@@ -306,6 +310,8 @@ class Supervisor:
         if link.closed:
             return
         link.closed = True
+        for request in list(link.waiting):
+            self._on_forget(link, request)
         descriptor = link.connection.fileno()
         self._epoll.unregister(descriptor)
         del self._links[descriptor]
@@ -449,6 +455,7 @@ class Supervisor:
         if not first:
             return
         for link, request in job.waiters:
+            link.waiting.pop(request, None)
             self._send(link, [messages.REPLY, request, job.row])
         job.waiters.clear()
         self._finished.append(job.row[KEY])
@@ -648,8 +655,20 @@ class Supervisor:
         job = self._find(pid, cookie)
         if job is not None and job.running:
             job.waiters.append((link, request))
+            link.waiting[request] = job
         else:
             self._send(link, [messages.REPLY, request, self._row(pid, cookie)])
+
+    def _on_forget(self, link: Link, request: int) -> None:
+        job = link.waiting.pop(request, None)
+        if job is not None:
+            job.waiters.remove((link, request))
+
+    def _on_waits_for(self, link: Link, request: int | None, pid: int | None) -> None:
+        link.waits_for = pid
+        if request is not None:
+            pairs = [[other.pid, other.waits_for] for other in self._links.values() if other.waits_for is not None]
+            self._send(link, [messages.REPLY, request, pairs])
 
     def _on_am_i_worker(self, link: Link, request: int) -> None:
         channel = self._channels.get(link.pid)

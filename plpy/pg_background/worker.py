@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from . import messages, output_settings, wire
 from .backlog import Backlog, Item
 from .control import Control
+from .deadlock import Watch
 from .errors import ADMIN_SHUTDOWN, FEATURE_NOT_SUPPORTED, QUERY_CANCELED, BackgroundError, Report
 from .lexer import statement_count
 from .results import Column, TypeStyles, encode_rows
@@ -198,12 +199,24 @@ class Worker:
 
     def wait(self, deadline: float | None) -> bool:
         """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
-        while True:
-            self.advance()
-            if self.ended:
-                return True
+        self.advance()
+        if deadline is None and not self.ended:
+            self._wait_without_limit()
+        while not self.ended:
             if not self._server.wait_for((self.awaited(),), deadline):
                 return False
+            self.advance()
+        return True
+
+    def _wait_without_limit(self) -> None:
+        """40P01 where the job would never end, because it waits for this session."""
+        with self._watch() as watch:
+            while not self.ended:
+                watch.wait_for((self.awaited(),))
+                self.advance()
+
+    def _watch(self) -> Watch:
+        return Watch(self._server, self._control, self.pid)
 
     def advance(self) -> None:
         """Take in all that there is."""
@@ -222,21 +235,23 @@ class Worker:
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
-        while True:
-            self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1))
-            if self.ended or self.columns is not None:
-                return
-            self._server.wait_for(((self.session.connection.socket, READABLE),), None)
+        with self._watch() as watch:
+            while True:
+                self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1))
+                if self.ended or self.columns is not None:
+                    return
+                watch.wait_for((self.awaited(),))
 
     def next_item(self) -> Item | None:
         """The next batch of rows or notice, waiting for it; None at the end."""
-        while True:
-            item = self.backlog.popleft()
-            if item is not None or self.ended:
-                return item
-            self.pump(1)
-            if not self.backlog and not self.ended:
-                self._server.wait_for(((self.session.connection.socket, READABLE),), None)
+        with self._watch() as watch:
+            while True:
+                item = self.backlog.popleft()
+                if item is not None or self.ended:
+                    return item
+                self.pump(1)
+                if not self.backlog and not self.ended:
+                    watch.wait_for((self.awaited(),))
 
     def written_under(self) -> Mapping[str, str]:
         """The output settings of the rows; with several statements they are known at the end only."""
