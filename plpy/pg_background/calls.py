@@ -11,7 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, Callable, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
 
 from . import lexer, messages, output_settings, settings
 from .backlog import Rows
@@ -29,6 +29,9 @@ from .results import rows_query
 from .server import Server
 from .worker import PREVIEW_CHARACTERS, Job, State, Worker
 
+if TYPE_CHECKING:
+    from .beyond import Beyond
+
 _LAST_ERROR_CHARACTERS = 512
 _MAX_TIMEOUT_MS = 86_400_000
 _MAX_GRACE_MS = 3_600_000
@@ -37,11 +40,18 @@ _TERMINATION_S = 5.0  # how long a call waits for a backend that it has terminat
 Method = TypeVar("Method", bound=Callable[..., str])
 
 
-def _reply(method: Method) -> Method:
+class Reporter(Protocol):
+    """Who makes reports of exceptions."""
+
+    def report_of(self, error: Exception) -> Report:
+        """The report for an exception that the user is to see; re-raises what is a defect of ours."""
+
+
+def reply(method: Method) -> Method:
     """Turn what a method raises for the user into its reply."""
 
     @functools.wraps(method)
-    def replying(self: Runtime, *arguments: Any) -> str:
+    def replying(self: Reporter, *arguments: Any) -> str:
         try:
             return method(self, *arguments)
         except Exception as error:  # noqa: BLE001 - report_of raises what is none of the user's business again
@@ -65,6 +75,13 @@ class Runtime:
         """Let all workers go on to their ends; another runtime takes over."""
         self._registry.retire()
 
+    @functools.cached_property
+    def beyond(self) -> Beyond:
+        """The calls that version 1.8 does not have; compiled when one of them is first made."""
+        from .beyond import Beyond
+
+        return Beyond(self, self._server, self._registry)
+
     def report_of(self, error: Exception) -> Report:
         """The report for an exception that the user is to see; re-raises what is a defect of ours."""
         if isinstance(error, BackgroundError):
@@ -82,26 +99,29 @@ class Runtime:
 
     # --- starting ---
 
-    @_reply
+    @reply
     def launch(self, sql: str, queue_size: int) -> str:
         """A handle, as the text of a pg_background_handle."""
-        worker = self._launch(sql, queue_size)
+        worker = self.launch_job(sql, queue_size)
         return f"({worker.pid},{worker.cookie})"
 
-    @_reply
+    @reply
     def launch_v1(self, sql: str, queue_size: int) -> str:
         """A pid."""
-        return str(self._launch(sql, queue_size, v1=True).pid)
+        return str(self.launch_job(sql, queue_size, v1=True).pid)
 
-    @_reply
+    @reply
     def submit(self, sql: str, queue_size: int) -> str:
         """A handle; the output is thrown away."""
-        worker = self._launch(sql, queue_size, submitted=True)
+        worker = self.launch_job(sql, queue_size, submitted=True)
         return f"({worker.pid},{worker.cookie})"
 
-    def _launch(self, sql: str, queue_size: int, *, v1: bool = False, submitted: bool = False) -> Worker:
+    def launch_job(
+        self, sql: str, queue_size: int, *, v1: bool = False, submitted: bool = False, options: Options = NO_OPTIONS
+    ) -> Worker:
+        """Start a worker, unless its SQL holds what no worker can run (0A000)."""
         configuration = self._configurations.now()
-        job = Job(sql, configuration.queue_bytes(queue_size), submitted)
+        job = Job(sql, configuration.queue_bytes(queue_size), submitted, options)
         command = lexer.forbidden(sql, configuration.standard_strings)
         if command is not None:
             raise background_error(
@@ -114,7 +134,7 @@ class Runtime:
 
     # --- reading ---
 
-    @_reply
+    @reply
     def open_result(self, pid: int, cookie: int | None) -> str:
         """Wait for the first rows; the query that delivers them, which calls `batches`, or "=" and command tags."""
         worker = self._registry.find_for_result(pid, cookie)
@@ -189,11 +209,11 @@ class Runtime:
             reading.finished = True
         except GeneratorExit:
             raise
-        except Exception as error:  # noqa: BLE001 - as in _reply
+        except Exception as error:  # noqa: BLE001 - as in reply
             reading.error = self.report_of(error)
             reading.finished = True
 
-    @_reply
+    @reply
     def close_result(self, pid: int) -> str:
         """Let the worker go after its rows were read; its error, if it had one."""
         reading = self._reading.pop(pid, None)
@@ -219,7 +239,7 @@ class Runtime:
 
     # --- waiting and letting go ---
 
-    @_reply
+    @reply
     def wait(self, pid: int, cookie: int | None, timeout_ms: int | None) -> str:
         """ "true" when the work has ended, "false" at the timeout."""
         deadline = None if timeout_ms is None else time.monotonic() + _clamp(timeout_ms, _MAX_TIMEOUT_MS) / 1000
@@ -267,7 +287,7 @@ class Runtime:
         if not self._server.wait_for(awaited, deadline):
             raise TimeoutError
 
-    @_reply
+    @reply
     def cancel(self, pid: int, cookie: int, grace_ms: int | None) -> str:
         """Ask a worker to stop; with a grace, wait so long for its end, and then for that of its backend."""
         grace = None if grace_ms is None else _clamp(grace_ms, _MAX_GRACE_MS)
@@ -289,7 +309,7 @@ class Runtime:
                 self._wait_elsewhere(pid, cookie, deadline)
         return ""
 
-    @_reply
+    @reply
     def detach(self, pid: int, cookie: int | None) -> str:
         """Stop tracking; the worker goes on."""
         self._registry.release(self._registry.find(pid, cookie))
@@ -297,7 +317,7 @@ class Runtime:
 
     # --- observing ---
 
-    @_reply
+    @reply
     def list_workers(self) -> str:
         """A JSON array of the tracked workers that the caller may manage."""
         rows = [
@@ -318,7 +338,7 @@ class Runtime:
         ]
         return json.dumps(rows)
 
-    @_reply
+    @reply
     def stats(self) -> str:
         """A JSON object with this session's counts."""
         registry = self._registry

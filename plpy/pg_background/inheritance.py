@@ -57,6 +57,7 @@ class Inherited(NamedTuple):
     assign: bytes  # one query that sets the current values; empty when there are none
     role_settings: tuple[str, ...] = ()  # what it was computed from, beside the launcher's settings
     same_role: bool = False
+    custom_names: frozenset[bytes] = frozenset()  # placeholders among resets and current values
 
 
 class Inheritance:
@@ -65,6 +66,7 @@ class Inheritance:
     def __init__(self, server: Server) -> None:
         self._server = server
         self._contexts: dict[bytes, str] = {}
+        self.hidden_settings: dict[int, int] = {}  # by role: how many settings pg_settings does not show it
         self._last_state = b""
         self._last_inherited = self._last_computed = Inherited(b"", (), b"")
 
@@ -94,6 +96,7 @@ class Inheritance:
             assignment(_output_exact(current)),
             tuple(role_settings),
             same_role,
+            frozenset(n for n in (*plain_resets, *(s.name for s in current)) if n not in self._contexts),
         )
 
     def again(self, guc_state: bytes, inherited: Inherited) -> Inherited:

@@ -59,7 +59,8 @@ class Registry:
         """
         self._configuration = configuration
         deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
-        self.control.hear()
+        if self._elsewhere or self._cleaned_elsewhere:
+            self.control.hear()
         if len(self._workers) >= configuration.max_workers:
             self._wait_for_room(configuration.max_workers, deadline)
         session = self._session(configuration, deadline)
@@ -106,12 +107,21 @@ class Registry:
         if configuration.pool_size:
             while True:
                 session = self._kept_session(role_oid, configuration)
-                if session is None or session.finish_clean_up():
+                if session is None:
                     break
-                self._end_session(session)
-            if session is not None:
-                return self._renew(session, guc_state)
+                if self._is_ready(session):
+                    return self._renew(session, guc_state)
         return self._new_session(role_oid, guc_state, deadline)
+
+    def _is_ready(self, session: WorkerSession) -> bool:
+        """Whether a kept session was cleaned well; otherwise it has been ended."""
+        ready = False
+        try:
+            ready = session.finish_clean_up()
+        finally:
+            if not ready:
+                self._end_session(session)
+        return ready
 
     def _kept_session(self, role_oid: int, configuration: Configuration) -> WorkerSession | None:
         """A kept session whose pid no tracked worker has; if need be, an ended submitted worker is let go for it."""
@@ -287,7 +297,7 @@ class Registry:
         if (
             self._configuration is not None
             and self._pool.has_room(self._configuration.pool_size)
-            and session.is_own_user(clean_up)
+            and session.is_clean(clean_up)
         ):
             self._pool.put(session)
         else:

@@ -102,6 +102,15 @@ class Server:
             plan = self._plans[sql] = self._plpy.prepare(sql, list(types))
         return list(self._plpy.execute(plan, list(arguments)))
 
+    def home(self) -> str:
+        """The extension's schema, quoted."""
+        return str(
+            self.query(
+                "SELECT e.extnamespace::pg_catalog.regnamespace::pg_catalog.text AS name FROM pg_catalog.pg_extension e"
+                " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
+            )[0]["name"]
+        )
+
     def report_of(self, error: BaseException) -> Report | None:
         """What a plpy.SPIError says; None for any other exception."""
         if not isinstance(error, (self._plpy.SPIError, self._plpy.Error)):

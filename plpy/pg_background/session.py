@@ -86,6 +86,10 @@ class WorkerSession:
         self.known_to_supervisor = False
         self.closed = False
         self.users: list[str] = []
+        self._count_placeholders = b""  # a call, where Python runs in the worker already
+        self._hidden_settings = 0  # how many it counts at least
+        self._custom_names: frozenset[bytes] = frozenset()
+        self._proven_answer = b""
         self._answers_awaited = 0
 
     @classmethod
@@ -105,7 +109,7 @@ class WorkerSession:
                 continue
             session = cls(server, connection, role_oid)
             try:
-                session._set_up(inherited, same_role=login.oid == role_oid)
+                session._set_up(inherited, inheritance.hidden_settings, same_role=login.oid == role_oid)
             except BaseException:
                 session.close()
                 raise
@@ -114,15 +118,22 @@ class WorkerSession:
         assert refused is not None
         raise refused
 
-    def _set_up(self, inherited: Inherited, *, same_role: bool) -> None:
+    def _set_up(self, inherited: Inherited, hidden_settings: dict[int, int], *, same_role: bool) -> None:
         if not same_role:
             self.run(self._switch_block(inherited))
+            self._count_placeholders = self._server.home().encode() + b"._pg_background_placeholders()"
         self.verify()
         self.inherit(inherited)
+        if self._count_placeholders and self.role_oid not in hidden_settings:
+            counted = self.run(b"SELECT " + self._count_placeholders).get_value(0, 0) or b"0"
+            hidden_settings[self.role_oid] = int(counted) - len(self._custom_names)
+        self._hidden_settings = hidden_settings.get(self.role_oid, 0)
 
     def inherit(self, inherited: Inherited) -> None:
         """Set the launcher's current values."""
         self.inherited = inherited
+        self._custom_names |= inherited.custom_names
+        self._proven_answer = b""
         if inherited.assign:
             self.run(inherited.assign)
 
@@ -147,9 +158,11 @@ class WorkerSession:
                 hint="The worker was closed. Please report this with the server's version.",
             )
 
-    def is_own_user(self, users: Sequence[str | None]) -> bool:
-        """Whether a row of _WHO_AM_I says what it said when the role was proved."""
-        return len(users) > 0 and list(users) == self.users
+    def is_clean(self, row: Sequence[str | None]) -> bool:
+        """Whether the clean-up's row says what it said when the role was proved, and counts no new placeholder."""
+        users, counted = list(row[: len(self.users)]), row[len(self.users) :]
+        most = self._hidden_settings + len(self._custom_names)
+        return bool(users) and users == self.users and all(int(number or 0) <= most for number in counted)
 
     # --- between two jobs ---
 
@@ -162,7 +175,8 @@ class WorkerSession:
         """Two queries that make this session as a fresh one; the last row of their answers proves whose it is."""
         settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms
         settings += self.inherited.assign + b"; " if self.inherited.assign else b""
-        return wire.query_message(b"DISCARD ALL") + wire.query_message(settings + b"SELECT " + _WHO_AM_I)
+        proof = b", ".join(filter(None, (_WHO_AM_I, self._count_placeholders)))
+        return wire.query_message(b"DISCARD ALL") + wire.query_message(settings + b"SELECT " + proof)
 
     def send_clean_up(self, idle_timeout_ms: int) -> None:
         """Send them past libpq; finish_clean_up reads the answers when the session is wanted again."""
@@ -175,7 +189,7 @@ class WorkerSession:
         """Whether the session may be used again. Seldom waits: the answers have come long ago."""
         if not self._answers_awaited:
             return not self._server.is_readable(self.connection.socket)
-        unread, answer = b"", wire.Answer()
+        all_read, unread, answer = b"", b"", wire.Answer()
         while self._answers_awaited:
             try:
                 received = os.read(self.connection.socket, _WRITE_BYTES)
@@ -186,10 +200,17 @@ class WorkerSession:
                 return False
             if not received:
                 return False
+            all_read += received
+            if all_read == self._proven_answer:
+                self._answers_awaited = 0
+                return True
             unread, answer = self._take_answers(unread + received, answer)
             if answer.error:
                 return False
-        return not unread and self._is_own_row(answer)
+        if unread or not self._is_clean_answer(answer):
+            return False
+        self._proven_answer = all_read
+        return True
 
     def _take_answers(self, window: bytes, answer: wire.Answer) -> tuple[bytes, wire.Answer]:
         """What is left of the window, and the last answer in it."""
@@ -203,9 +224,9 @@ class WorkerSession:
                 answer = wire.Answer()
         return window, answer
 
-    def _is_own_row(self, answer: wire.Answer) -> bool:
+    def _is_clean_answer(self, answer: wire.Answer) -> bool:
         values = wire.row_values(answer.row) if answer.row else []
-        return self.is_own_user([self._server.decode(value or b"") for value in values])
+        return self.is_clean([self._server.decode(value or b"") for value in values])
 
     # --- traffic ---
 
