@@ -129,6 +129,12 @@ def test_the_query_to_watch_shows_a_running_job_and_how_far_it_is(tourist: Sessi
     tourist.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 10000)", (pid, cookie))
 
 
+def test_the_links_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
 def test_the_settings_are_those_of_the_code() -> None:
     from pg_background import settings
 
