@@ -102,9 +102,7 @@ def _exit_on_sigterm(signum: int, _frame: object) -> None:
 
 
 @contextmanager
-def scratch_server(
-    bin_folder: Path, *, settings: str = _SETTINGS, pg_hba: str = _PG_HBA
-) -> Iterator[ScratchServer]:
+def scratch_server(bin_folder: Path, *, settings: str = _SETTINGS, pg_hba: str = _PG_HBA) -> Iterator[ScratchServer]:
     """A new server, started; stopped and removed when the block ends, by Ctrl-C or SIGTERM too."""
     folder = Path(tempfile.mkdtemp(prefix="pg_background-demo-"))
     server = ScratchServer(bin_folder, folder, _free_port())
