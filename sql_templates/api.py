@@ -78,6 +78,8 @@ class Internal(NamedTuple):
 
 _SQL = Argument("sql", "text")
 _QUEUE_SIZE = Argument("queue_size", "int4", "0")
+_LABEL = Argument("label", "text")
+_PARAMS = Argument("params", "text[]")
 _PID = Argument("pid", "int4")
 _HANDLE = (_PID, Argument("cookie", "int8"))
 _PRIVILEGES = (
@@ -116,6 +118,26 @@ API: tuple[Function, ...] = (
         " pg_background_launch_v2.",
         "v2",
         START,
+    ),
+    *(
+        Function(
+            name,
+            arguments,
+            "pg_background_handle",
+            f"As {name}(sql, queue_size), with {what}.",
+            "v2",
+            START,
+            strict=False,
+        )
+        for name in ("pg_background_launch_v2", "pg_background_submit_v2")
+        for arguments, what in (
+            ((_SQL, Argument("queue_size", "int4"), _LABEL), "a label for people, which the views show"),
+            (
+                (_SQL, Argument("queue_size", "int4"), _LABEL, _PARAMS),
+                "a label, and with values for $1, $2 and so on. The server binds them, with types that it infers as for"
+                " a prepared statement; they are never part of the SQL. sql must be a single statement (42601)",
+            ),
+        )
     ),
     Function(
         "pg_background_result_v2",
@@ -269,6 +291,11 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_raise", ("jsonb",), "raises the error that a report of the runtime describes."),
     Internal("_pg_background_checked", ("text",), "passes a reply of the runtime on, or raises the error it reports."),
     Internal("_pg_background_launch", ("text", "int4"), "starts a worker; reply: its handle."),
+    Internal(
+        "_pg_background_start",
+        ("text", "int4", "text", "text[]", "bool"),
+        "starts a worker with a label and parameters; reply: its handle.",
+    ),
     Internal("_pg_background_launch_v1", ("text", "int4"), "starts a worker with cookie 0; reply: its pid."),
     Internal("_pg_background_submit", ("text", "int4"), "starts a worker whose output is thrown away; reply: its handle."),
     Internal("_pg_background_open_result", ("int4", "int8"), "waits for rows; reply: the query that delivers them."),

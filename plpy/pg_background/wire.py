@@ -6,6 +6,7 @@ An answer is a group of messages of PostgreSQL's protocol that ends with ReadyFo
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 _HEADER = struct.Struct("!cI")
@@ -37,6 +38,20 @@ _FIELD_NAMES = {
 def query_message(sql: bytes) -> bytes:
     """A simple-protocol Query."""
     return b"Q" + struct.pack("!I", len(sql) + 5) + sql + b"\0"
+
+
+def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None]) -> bytes:
+    """The extended protocol's Parse, Bind, Execute and Sync for one statement; its answer is a group as well."""
+    values = b"".join(
+        [struct.pack("!i", -1) if value is None else struct.pack("!i", len(value)) + value for value in parameters]
+    )
+    messages = (
+        (b"P", b"\0" + sql + b"\0" + struct.pack("!H", 0)),
+        (b"B", b"\0\0" + struct.pack("!HH", 0, len(parameters)) + values + struct.pack("!H", 0)),
+        (b"E", b"\0" + struct.pack("!i", 0)),
+        (b"S", b""),
+    )
+    return b"".join([kind + struct.pack("!I", len(body) + 4) + body for kind, body in messages])
 
 
 class Answer:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import enum
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import messages, output_settings, wire
 from .backlog import Backlog, Item
@@ -46,6 +46,10 @@ class State(enum.Enum):
     ERROR = "error"
 
 
+# The values of $1, $2 and so on, as text in the database's encoding; None is NULL.
+Parameters = Sequence[Optional[bytes]]
+
+
 class Job(NamedTuple):
     """What is to be run, and how."""
 
@@ -53,6 +57,8 @@ class Job(NamedTuple):
     queue_size: int
     submitted: bool = False
     label: str | None = None
+    parameters: Parameters | None = None  # then the extended protocol runs it: a single statement
+    discards: bool = False  # nobody will read its rows
 
 
 class Worker:
@@ -117,14 +123,17 @@ class Worker:
         """Several statements get one more, which tells the output settings that they end with."""
         self.started_settings = output_settings.inherited(self.configuration.output)
         sql = self.job.sql
-        if ";" in sql:
+        if ";" in sql and self.job.parameters is None:
             self._statements = statement_count(sql, self.configuration.standard_strings)
         connection = self.session.connection
         connection.notice_handler = self._take_notice
         encoded = self._server.encode(sql)
         # First, so that no progress of this job can reach the supervisor before it knows of the job.
         self.tell_supervisor()
-        connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._statements > 1 else encoded)
+        if self.job.parameters is not None:
+            connection.send_query_params(encoded, self.job.parameters)
+        else:
+            connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._statements > 1 else encoded)
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
         connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
         self.session.flush()
@@ -132,7 +141,8 @@ class Worker:
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
         self.tell_supervisor()
-        packet = wire.query_message(self._server.encode(self.job.sql))
+        encoded, parameters = self._server.encode(self.job.sql), self.job.parameters
+        packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
         packet += self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
         self.session.write(packet, lambda writing: self._control.tell([messages.WRITING, self.pid, writing]))
 
@@ -324,6 +334,8 @@ class Worker:
     def _take_rows(self, result: PGresult) -> None:
         """Rows count when they are those of the last statement; the probe's come after it."""
         position = len(self._tags)
+        if self.job.discards:
+            return
         if position == self._statements - 1:
             if self.columns is None:
                 self.columns = self._columns_of(result)
