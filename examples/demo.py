@@ -215,7 +215,7 @@ def _vacuum(session: Session) -> None:
 
 def _progress(session: Session) -> None:
     _heading("Fire and forget, and watch it: what every session of alice's sees")
-    handle = session.launch(_REPRICE.format(rows=_ROWS), _SUBMIT)
+    handle = session.launch(_REPRICE.format(rows=_ROWS // 2), _SUBMIT)
     print("alice=> " + handle.watch().replace("\n", "\n   ...> ") + f" \\watch {_WATCH_SECONDS}")
     shown: object = None
     deadline = time.monotonic() + _WATCH_LIMIT_SECONDS
