@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pg_background import results
 from pg_background.backlog import Rows
 from pg_background.errors import BackgroundError
