@@ -45,6 +45,7 @@ _OPTIONS = {
     b"default_transaction_deferrable": b"off",
     b"synchronous_commit": b"off",
     b"exit_on_error": b"off",
+    b"local_preload_libraries": b"",
     b"jit": b"off",
     b"log_min_error_statement": b"panic",  # its statement is all its modules
 }

@@ -20,11 +20,13 @@ _ROLE_SINCE_MAJOR = 15
 
 
 class Setting(NamedTuple):
-    """A setting's name and value (in the base unit, as set_config takes it) and its GucSource."""
+    """A setting's name and value (in the base unit, as set_config takes it), and how it came to it."""
 
     name: bytes
     value: bytes
-    source: int
+    source: int  # enum GucSource
+    context: int  # enum GucContext: what whoever set it was allowed to
+    role: int  # oid of who set it; 0 before 15, which does not know
 
 
 class GucStateError(ValueError):
@@ -44,9 +46,9 @@ def parse_guc_state(state: bytes, major: int) -> list[Setting]:
             source_file, position = _text(state, position)
             if source_file:
                 position += _LINE.size
-            source = tail.unpack_from(state, position)[0]
+            source, context, *role = tail.unpack_from(state, position)
             position += tail.size
-            settings.append(Setting(name, value, source))
+            settings.append(Setting(name, value, source, context, role[0] if role else 0))
     except (struct.error, ValueError) as error:
         raise GucStateError(f"the serialized settings break off at byte {position}") from error
     if position != end or end > len(state):

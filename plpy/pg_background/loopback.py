@@ -10,6 +10,7 @@ import csv
 import ctypes
 import os
 import pwd
+import re
 import sys
 import time
 from typing import TYPE_CHECKING, NamedTuple
@@ -32,7 +33,7 @@ class Login(NamedTuple):
 
     oid: int
     name: str
-    settings: tuple[str, ...]  # "name=value", from ALTER ROLE and ALTER DATABASE
+    settings: tuple[bytes, ...]  # names of what ALTER ROLE and ALTER DATABASE set
 
 
 def import_pq() -> ModuleType:
@@ -74,10 +75,11 @@ class Loopback:
 
     def logins(self) -> list[Login]:
         """The superusers to log in as, the likelier one first; never empty."""
-        os_user = pwd.getpwuid(os.geteuid()).pw_name
+        os_user = _os_user() or ""
         rows = self._server.query(
             "SELECT r.oid, r.rolname::pg_catalog.text AS name, ARRAY("
-            "  SELECT pg_catalog.unnest(s.setconfig) FROM pg_catalog.pg_db_role_setting s"
+            "  SELECT pg_catalog.split_part(c.entry, '=', 1)"
+            "  FROM pg_catalog.pg_db_role_setting s, pg_catalog.unnest(s.setconfig) AS c(entry)"
             "  WHERE (s.setrole OPERATOR(pg_catalog.=) 0::pg_catalog.oid OR s.setrole OPERATOR(pg_catalog.=) r.oid)"
             "  AND (s.setdatabase OPERATOR(pg_catalog.=) 0::pg_catalog.oid"
             "       OR s.setdatabase OPERATOR(pg_catalog.=) $2)) AS settings"
@@ -93,10 +95,13 @@ class Loopback:
             raise background_error(
                 UNABLE_TO_CONNECT,
                 "no superuser can log in for a background worker",
-                detail=f'There is no superuser role "{os_user}", and the bootstrap superuser cannot log in.',
-                hint=f'CREATE ROLE "{os_user}" SUPERUSER LOGIN;',
+                detail=f'There is no superuser role "{os_user}" that can log in, nor can the bootstrap superuser.',
+                hint=f'CREATE ROLE {_quote_name(os_user or "postgres")} SUPERUSER LOGIN;',
             )
-        return [Login(int(row["oid"]), row["name"], tuple(row["settings"])) for row in rows]
+        return [
+            Login(int(row["oid"]), row["name"], tuple(self._server.encode(name) for name in row["settings"]))
+            for row in rows
+        ]
 
     def connect(self, login: Login, options: bytes, application_name: str = APPLICATION_NAME) -> PGconn:
         """A connection as that role, not blocking. 08001 when the server does not let it in, 53300 when full."""
@@ -146,10 +151,13 @@ class Loopback:
             b"client_encoding": self._server.encoding.encode(),
             b"gssencmode": b"disable",
             b"sslmode": b"disable",
-            b"passfile": b"/dev/null",
+            b"passfile": b"/dev/null/none",  # libpq complains about /dev/null itself
             b"target_session_attrs": b"any",
             b"connect_timeout": b"0",
         }
+        os_user = _os_user()
+        if os_user is not None:
+            parameters[b"requirepeer"] = os.fsencode(os_user)
         return b" ".join(name + b"=" + _quote_parameter(value) for name, value in parameters.items())
 
     def _socket_folder(self) -> bytes:
@@ -173,8 +181,34 @@ class Loopback:
             UNABLE_TO_CONNECT,
             f'a background worker could not log in as "{login.name}" over the unix socket',
             detail=f"The server answered: {message}",
-            hint=f'Add "local all {login.name} peer" to the top of pg_hba.conf, then run SELECT pg_reload_conf().',
+            hint=_login_hint(login.name, _os_user()),
         )
+
+
+def _os_user() -> str | None:
+    """Name of the operating system user that the server runs as; None for a uid without a name."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return None
+
+
+def _login_hint(role: str, os_user: str | None) -> str:
+    """What to do where pg_hba.conf does not let that role in."""
+    if os_user is None:
+        return (
+            f'If pg_hba.conf refuses it, add "local all {_quote_name(role)} trust" to its top: the server\'s'
+            " operating system user has no name. Then run SELECT pg_reload_conf()."
+        )
+    line = f'add "local all {_quote_name(os_user)} peer" to its top, then run SELECT pg_reload_conf().'
+    if os_user == role:
+        return "If pg_hba.conf refuses it, " + line
+    return f"If pg_hba.conf refuses it, CREATE ROLE {_quote_name(os_user)} SUPERUSER LOGIN, {line}"
+
+
+def _quote_name(name: str) -> str:
+    """A role's name, as SQL and pg_hba.conf both take it."""
+    return name if re.fullmatch("[a-z_][a-z0-9_]*", name) else '"' + name.replace('"', '""') + '"'
 
 
 def _quote_parameter(value: bytes) -> bytes:

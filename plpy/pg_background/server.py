@@ -39,6 +39,8 @@ class Server:
         self._get_user_id.restype = ctypes.c_uint32
         self._get_config_option = backend.GetConfigOption
         self._get_config_option.restype = ctypes.c_char_p
+        self._get_reset_value = backend.GetConfigOptionResetString
+        self._get_reset_value.restype = ctypes.c_char_p
         self._estimate_guc_state = backend.EstimateGUCStateSpace
         self._estimate_guc_state.restype = ctypes.c_size_t
         self._serialize_guc_state = backend.SerializeGUCState
@@ -62,7 +64,7 @@ class Server:
 
     def setting(self, name: str) -> str | None:
         """A setting's value in its base unit, whoever may see it; None where there is no such setting."""
-        value = self._get_config_option(name.encode(), ctypes.c_bool(True), ctypes.c_bool(False))
+        value = self.setting_bytes(name.encode())
         return None if value is None else self.decode(value)
 
     def required_setting(self, name: str) -> str:
@@ -71,6 +73,25 @@ class Server:
         if value is None:
             raise BackgroundError(Report(INTERNAL_ERROR, f'the server has no setting "{name}"'))
         return value
+
+    def is_placeholder(self, name: bytes) -> bool:
+        """Whether a setting is a custom one that no library has defined."""
+        return bool(self._flags(name) & (0x0200 if self.major >= 16 else 0x0080))
+
+    def reset_value(self, name: bytes) -> bytes | None:
+        """Where RESET leads, in the base unit; None for what is no setting or only superusers may see."""
+        hidden = 0x0400 if self.major >= 16 else 0x0100
+        if self.setting_bytes(name) is None or self._flags(name) & hidden:
+            return None
+        return self._get_reset_value(name) or b""
+
+    def setting_bytes(self, name: bytes) -> bytes | None:
+        """As `setting`, in the database's encoding."""
+        value: bytes | None = self._get_config_option(name, ctypes.c_bool(True), ctypes.c_bool(False))
+        return value
+
+    def _flags(self, name: bytes) -> int:
+        return int(self._backend.GetConfigOptionFlags(name, ctypes.c_bool(True)))
 
     def guc_state(self) -> bytes:
         """All settings that are not at their defaults, as the server serializes them for parallel workers."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _WRITE_BYTES = 1 << 16
 _IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
+_CONNECTION_OK = 0  # ConnStatus.OK
 
 # Fields of the protocol's ErrorResponse and NoticeResponse.
 _FIELD_CODES = {
@@ -232,8 +233,13 @@ class WorkerSession:
 
     def run(self, sql: bytes) -> PGresult:
         """Run a query of the set-up and wait for its last result; its error becomes ours."""
-        self.connection.send_query(sql)
-        self.flush()
+        try:
+            self.connection.send_query(sql)
+            self.flush()
+        except Exception as error:  # psycopg.OperationalError: not importable before psycopg is
+            if self.connection.status == _CONNECTION_OK:
+                raise
+            raise BackgroundError(backend_died(self.pid, str(error).strip())) from error
         return self._last_result()
 
     def _last_result(self) -> PGresult:
@@ -241,7 +247,8 @@ class WorkerSession:
         while True:
             while self.connection.is_busy():
                 self._server.wait_for(((self.connection.socket, READABLE),), None)
-                self.connection.consume_input()
+                if not self._take_in():
+                    break
             result = self.connection.get_result()
             if result is None:
                 break
@@ -251,6 +258,16 @@ class WorkerSession:
             report = backend_died(self.pid) if last is None else report_of(last, self._server)
             raise BackgroundError(report)
         return last
+
+    def _take_in(self) -> bool:
+        """Read what has arrived; False when the backend is gone: its last words are a result then."""
+        try:
+            self.connection.consume_input()
+        except Exception:  # psycopg.OperationalError
+            if self.connection.status == _CONNECTION_OK:
+                raise
+            return False
+        return True
 
     def flush(self) -> None:
         """Send all that is queued, reading meanwhile so that neither side waits for the other."""
@@ -289,13 +306,10 @@ def _source_of_switch() -> str:
     return source
 
 
-def _system_user(server: Server) -> tuple[bytes, bytes]:
-    """(method, identity) for SYSTEM_USER in the worker: the launcher's own.
-
-    Where the launcher has none (trust), the worker must not show the login's: a policy could build on it.
-    """
+def _system_user(server: Server) -> tuple[bytes, bytes] | None:
+    """(method, identity) for SYSTEM_USER in the worker: the launcher's own; None where that is NULL."""
     shown = server.query("SELECT SYSTEM_USER AS name")[0]["name"] if server.major >= 16 else None
     if shown is None:
-        return b"pg_background", str(server.caller()).encode()
+        return None
     method, _, identity = shown.partition(":")
     return method.encode(), server.encode(identity)

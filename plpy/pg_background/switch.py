@@ -9,12 +9,14 @@ server in here would jump over Python's frames; ExitOnAnyError turns every one i
 """
 
 
-def become(plpy, role_oid, launcher_system_user, resets):
-    """Make role_oid the authenticated, session and current user, and the resets its settings' reset values.
+def become(plpy, role_oid, launcher_system_user, orders, held_to_limits=True):
+    """Make role_oid the authenticated, session and current user, with the settings that its launcher has.
 
-    launcher_system_user: (authentication method, identity) that SYSTEM_USER shows from 16 on.
-    resets: (name, value) pairs, as bytes in the database's encoding.
-    Raises 42704 (no such role), 53300 (no connection left that is not reserved), 0A000 (unsupported server).
+    launcher_system_user: (authentication method, identity) that SYSTEM_USER shows from 16 on; None: NULL.
+    orders: (name, value, GucSource, setter) for each setting; setter: oid of who is said to have set it. Name and
+    value are bytes in the database's encoding.
+    held_to_limits: whether the CONNECTION LIMITs of role and database hold.
+    Raises 42704 (no such role), 53300 (no connection left), 0A000 (unsupported server).
     """
     import ctypes
 
@@ -22,32 +24,88 @@ def become(plpy, role_oid, launcher_system_user, resets):
     major = check_server(plpy, server)
     role = find_role(plpy, role_oid)
     check_slots(plpy, server, major)
-    name = role["name_bytes"]
 
     exit_on_any_error = ctypes.c_bool.in_dll(server, "ExitOnAnyError")
     before = exit_on_any_error.value
     exit_on_any_error.value = True
+    switch_users(plpy, server, major, role_oid, role["rolsuper"])
+    if held_to_limits:
+        check_limits(plpy, server, role_oid, role)
+    if major >= 16:
+        show_system_user(server, major, launcher_system_user, role_oid)
+    for setting, value, source, setter in orders:
+        set_option(server, major, setting, value, source, setter)
+        if setting == b"exit_on_error":
+            # It is the very variable that guards this block.
+            before = exit_on_any_error.value
+            exit_on_any_error.value = True
+    show_role = server.pgstat_bestart if major < 18 else server.pgstat_bestart_final
+    show_role()
+    exit_on_any_error.value = before
+
+
+def switch_users(plpy, server, major, role_oid, is_superuser):
+    """What makes the session another role's."""
+    import ctypes
+
+    get_name = server.GetUserNameFromId
+    get_name.restype = ctypes.c_char_p
+    name = get_name(ctypes.c_uint32(role_oid), ctypes.c_bool(False))
     if major >= 17:
         server.SetAuthenticatedUserId(ctypes.c_uint32(role_oid))
     else:
-        server.SetAuthenticatedUserId(ctypes.c_uint32(role_oid), ctypes.c_bool(role["rolsuper"]))
+        server.SetAuthenticatedUserId(ctypes.c_uint32(role_oid), ctypes.c_bool(is_superuser))
     set_option = server.SetConfigOption
     set_option.argtypes = (ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
-    backend_context, user_context, override = 4, 6, 10
+    backend_context, override = 4, 10
     set_option(b"session_authorization", name, backend_context, override)
     for getter in ("GetAuthenticatedUserId", "GetSessionUserId", "GetUserId"):
         get_id = getattr(server, getter)
         get_id.restype = ctypes.c_uint32
         if get_id() != role_oid:
             plpy.fatal("%s() is %d after the switch to role %d" % (getter, get_id(), role_oid))
-    if major >= 16:
-        method, identity = launcher_system_user
-        server.InitializeSystemUser(ctypes.c_char_p(identity), ctypes.c_char_p(method))
-    for setting, value in resets:
-        set_option(setting, value, user_context, override)
-    show_role = server.pgstat_bestart if major < 18 else server.pgstat_bestart_final
-    show_role()
-    exit_on_any_error.value = before
+
+
+def set_option(server, major, name, value, source, setter):
+    """Set a setting; where the launcher's value is none that this session can take, leave it.
+
+    setter: whose rights the server goes by when a library defines this placeholder later. Without saying so, it would
+    take the bootstrap superuser's for what is set as a reset value.
+    """
+    import ctypes
+
+    log_level, user_context = 15, 6
+    number = ctypes.c_int
+    values = (ctypes.c_char_p(name), ctypes.c_char_p(value), number(user_context), number(source))
+    how = (number(0), ctypes.c_bool(True), number(log_level), ctypes.c_bool(False))
+    if major < 15:
+        server.set_config_option(*values, *how)
+    else:
+        server.set_config_option_ext(*values, ctypes.c_uint32(setter), *how)
+
+
+def show_system_user(server, major, launcher_system_user, role_oid):
+    """Make SYSTEM_USER the launcher's, here and in parallel workers: row security may build on it.
+
+    Where the launcher has none (trust), but this login has, it cannot be made NULL any more; then it names nobody.
+    """
+    import ctypes
+
+    class ClientConnectionInfo(ctypes.Structure):
+        _fields_ = (("authn_id", ctypes.c_void_p), ("auth_method", ctypes.c_int))
+
+    info = ClientConnectionInfo.in_dll(server, "MyClientConnectionInfo")
+    if launcher_system_user is None and info.authn_id is None:
+        return
+    method, identity = launcher_system_user or (b"trust", b"%d" % role_oid)
+    server.hba_authname.restype = ctypes.c_char_p
+    methods = [server.hba_authname(ctypes.c_int(number)) for number in range(15 if major < 18 else 16)]
+    copy = server.MemoryContextStrdup
+    copy.restype = ctypes.c_void_p
+    for_good = ctypes.c_void_p.in_dll(server, "TopMemoryContext")
+    server.InitializeSystemUser(ctypes.c_char_p(identity), ctypes.c_char_p(method))
+    info.authn_id = copy(for_good, ctypes.c_char_p(identity))
+    info.auth_method = methods.index(method)
 
 
 def check_server(plpy, server):
@@ -70,14 +128,36 @@ def check_server(plpy, server):
 
 
 def find_role(plpy, role_oid):
-    """Name (as bytes of the database's encoding) and rolsuper of the role."""
+    """rolsuper of the role, and how many connections it and the database may have (-1: as many as there are)."""
     found = plpy.execute(
-        "SELECT pg_catalog.convert_to(a.rolname::pg_catalog.text, pg_catalog.getdatabaseencoding()) AS name_bytes,"
-        " a.rolsuper FROM pg_catalog.pg_authid a WHERE a.oid OPERATOR(pg_catalog.=) %d::pg_catalog.oid" % role_oid
+        "SELECT a.rolsuper, a.rolconnlimit, d.oid AS database, d.datconnlimit"
+        " FROM pg_catalog.pg_authid a, pg_catalog.pg_database d"
+        " WHERE a.oid OPERATOR(pg_catalog.=) %d::pg_catalog.oid"
+        " AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()" % role_oid
     )
     if len(found) != 1:
         plpy.error("role with OID %d does not exist" % role_oid, sqlstate="42704")
     return found[0]
+
+
+def check_limits(plpy, server, role_oid, role):
+    """Hold the CONNECTION LIMIT of role and database, which a superuser's login is not held to."""
+    import ctypes
+
+    if role["rolsuper"]:
+        return
+    counts = (
+        ("role", role["rolconnlimit"], server.CountUserBackends(ctypes.c_uint32(role_oid))),
+        ("database", role["datconnlimit"], server.CountDBConnections(ctypes.c_uint32(int(role["database"])))),
+    )
+    for what, limit, count in counts:
+        if 0 <= limit < count:
+            plpy.error(
+                "too many connections for the %s of a background worker" % what,
+                detail="CONNECTION LIMIT of the %s is %d, and workers count." % (what, limit),
+                hint="Raise it, or lower pg_background.max_workers.",
+                sqlstate="53300",
+            )
 
 
 def check_slots(plpy, server, major):
@@ -88,11 +168,13 @@ def check_slots(plpy, server, major):
         "SELECT pg_catalog.current_setting('superuser_reserved_connections')::pg_catalog.int4 AS superusers,"
         " COALESCE(pg_catalog.current_setting('reserved_connections', true)::pg_catalog.int4, 0) AS others"
     )[0]
-    reserved = ctypes.c_int(shown["superusers"] + shown["others"])
+    reserved = shown["superusers"] + shown["others"]
+    if reserved == 0:
+        return  # from 16 on HaveNFreeProcs(0) is false while any is free
     server.HaveNFreeProcs.restype = ctypes.c_bool
     if major >= 16:
-        enough = server.HaveNFreeProcs(reserved, ctypes.byref(ctypes.c_int()))
+        enough = server.HaveNFreeProcs(ctypes.c_int(reserved), ctypes.byref(ctypes.c_int()))
     else:
-        enough = server.HaveNFreeProcs(reserved)
+        enough = server.HaveNFreeProcs(ctypes.c_int(reserved))
     if not enough:
         plpy.error("no connection is left for a background worker", sqlstate="53300")
