@@ -127,7 +127,9 @@ class Inheritance:
         plain_resets = [s for s in resets if s.name not in options]
         orders: list[Order] = []
         if same_role:
-            options.update({s.name: s.value for s in plain_resets if self._is_defined(s.name)})
+            # Not those of settings that SET has changed since: a kept session would not fit after each SET.
+            lasting = {s.name for s in settings if s.source <= SOURCE_OVERRIDE}.union(login_settings)
+            options.update({s.name: s.value for s in plain_resets if self._is_defined(s.name) and s.name in lasting})
         else:
             options.update(_UNTIL_SWITCH)
             orders += self._reset_orders(plain_resets, distrusted)
@@ -149,9 +151,15 @@ class Inheritance:
         return self._last_computed
 
     def fits(self, guc_state: bytes, inherited: Inherited) -> bool:
-        """Whether that session can take them on: what only its start could set must be the same."""
+        """Whether that session can take them on: what only its start could set must be the same.
+
+        A reset value that it was not given is the server's own, which it has anyway.
+        """
         computed = self.again(guc_state, inherited)
-        return computed.startup == inherited.startup and computed.resets == inherited.resets
+        given = {name: value for name, value, *_ in inherited.resets}
+        return computed.startup == inherited.startup and all(
+            given.get(name, value) == value for name, value, *_ in computed.resets
+        )
 
     def _timeouts_off(self) -> tuple[bytes, ...]:
         return (*_TIMEOUTS_OFF, b"transaction_timeout") if self._server.major >= 17 else _TIMEOUTS_OFF

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import messages
 from .control import Control
@@ -26,8 +27,20 @@ from .session import WorkerSession
 from .settings import Configuration
 from .worker import Job, State, Worker
 
+_REMEMBERED = 200
+_KEPT_SQL_CHARACTERS = 50_000
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
 _SLOT_RETRY_S = 0.05
+_CLEAN_UP_S = 0.01
+
+
+class Released(NamedTuple):
+    """What this session still knows of a worker that it has let go, and the supervisor does not."""
+
+    pid: int
+    cookie: int
+    consumed: bool
+    sql: str | None  # None: too long to be kept
 
 
 class Registry:
@@ -46,6 +59,7 @@ class Registry:
         self._workers: dict[int, Worker] = {}  # tracked, by pid
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
+        self.released: deque[Released] = deque(maxlen=_REMEMBERED)
         self.counts = dict.fromkeys(State, 0)
         self.launched = 0
         self._elapsed_ms = 0.0
@@ -131,7 +145,20 @@ class Registry:
             session = self._pool.take(role_oid, guc_state, self._inheritance, ())
             if session is not None:
                 self._forget_ended_with_pid(session.pid)
+        if session is None and self._wait_for_clean_up(role_oid):
+            return self._kept_session(role_oid, configuration)
         return session
+
+    def _wait_for_clean_up(self, role_oid: int) -> bool:
+        """Whether another session has been cleaned meanwhile: that takes less time than to start a new one."""
+        if not any(session.role_oid == role_oid for session in self._cleaned_elsewhere.values()):
+            return False
+        before, descriptor = len(self._pool.idle), self.control.descriptor
+        if descriptor is None:
+            return False
+        if self.server.wait_for_one(descriptor, time.monotonic() + _CLEAN_UP_S):
+            self.control.hear()
+        return len(self._pool.idle) > before
 
     def _renew(self, session: WorkerSession, guc_state: bytes) -> WorkerSession:
         if session.guc_state != guc_state:
@@ -244,6 +271,10 @@ class Registry:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
+        sql = worker.job.sql
+        self.released.append(
+            Released(worker.pid, worker.cookie, worker.consumed, sql if len(sql) <= _KEPT_SQL_CHARACTERS else None)
+        )
         worker.backlog.clear()
         if not worker.ended:
             worker.detached = True

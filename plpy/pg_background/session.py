@@ -132,10 +132,12 @@ class WorkerSession:
 
     def inherit(self, inherited: Inherited) -> None:
         """Set the launcher's current values."""
-        self.inherited = inherited
+        assigned_before, self.inherited = bool(self.inherited.assign), inherited
         self._custom_names |= inherited.custom_names
         self._proven_answer = b""
-        if inherited.assign:
+        if assigned_before:
+            self.run(b"RESET ALL; " + inherited.assign)
+        elif inherited.assign:
             self.run(inherited.assign)
 
     def _switch_block(self, inherited: Inherited) -> bytes:
@@ -269,12 +271,21 @@ class WorkerSession:
             return False
         return True
 
-    def flush(self) -> None:
-        """Send all that is queued, reading meanwhile so that neither side waits for the other."""
+    def flush(self, before_waiting: Callable[[bool], None] | None = None) -> None:
+        """Send all that is queued, reading meanwhile so that neither side waits for the other.
+
+        before_waiting(True) when not all fits at once, before_waiting(False) after that.
+        """
+        if not self.connection.flush():
+            return
+        if before_waiting is not None:
+            before_waiting(True)
         while self.connection.flush():
             ready = self._server.wait_for(((self.connection.socket, READABLE | WRITABLE),), None)
             if ready:
                 self.connection.consume_input()
+        if before_waiting is not None:
+            before_waiting(False)
 
     def write(self, packet: bytes, before_waiting: Callable[[bool], None]) -> None:
         """Send messages past libpq, which stays idle; before_waiting(True) when not all fits at once."""

@@ -29,8 +29,8 @@ _KEPT_BYTES = 4 * 1024 * 1024
 _NO_LIMIT = 1 << 62
 _KEY_BITS = 63
 PREVIEW_CHARACTERS = 120
-_MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 64, 1000
-_TYPICAL_ROW_BYTES = 128
+_MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
+_TYPICAL_ROW_BYTES = 256
 
 # psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
 _EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
@@ -97,6 +97,7 @@ class Worker:
         self.detached = False
         self.signaled = False  # a cancel may still be on its way: the session is not reused
         self.cancel_requested = False
+        self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
         self.columns: tuple[Column, ...] | None = None
         self.command_tags: str | None = None  # of a job that returned no rows, one a line
         self.elapsed_ms = 0.0
@@ -109,6 +110,7 @@ class Worker:
         self._statements = 1
         self._ended_settings: Mapping[str, str] | None = None
         self._started = time.monotonic()
+        self._writing = False  # the job has been sent in part
 
     # --- running ---
 
@@ -136,7 +138,7 @@ class Worker:
             connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._statements > 1 else encoded)
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
         connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
-        self.session.flush()
+        self.session.flush(self._tell_writing)
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
@@ -144,7 +146,12 @@ class Worker:
         encoded, parameters = self._server.encode(self.job.sql), self.job.parameters
         packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
         packet += self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
-        self.session.write(packet, lambda writing: self._control.tell([messages.WRITING, self.pid, writing]))
+        self.session.write(packet, self._tell_writing)
+
+    def _tell_writing(self, writing: bool) -> None:
+        """Were this session to end now, the supervisor would have to do the same with half a job's worker."""
+        self._writing = writing
+        self._control.tell([messages.WRITING, self.pid, writing])
 
     def tell_supervisor(self, *, again: bool = False) -> None:
         """Announce the job; the worker's socket goes with it if this supervisor has not got it yet.
@@ -156,6 +163,9 @@ class Worker:
             "probe": self._statements > 1,
             "clean_ups": CLEAN_UP_ANSWERS if self.job.submitted else 0,
             "timeout_ms": self.configuration.worker_timeout_ms,
+            "started": self._started,
+            "writing": self._writing,
+            "again": again,
             "unknown_position": again and (self.job.submitted or self.detached),
         }
         row = {
@@ -170,6 +180,7 @@ class Worker:
             "launched_at": self.launched_at.isoformat(),
             "process_start": session.process_start,
             "state": self.state.value,
+            "history_ms": self.configuration.history_ms,
             "consumed": self.consumed,
         }
         self._control.tell([messages.JOB, row, extras], session)
@@ -301,6 +312,7 @@ class Worker:
                 worker_pid=self.pid,
                 **dict(zip(names, map(changes.get, names))),  # type: ignore[arg-type]
             )
+        self.changes = changes
         self._set_ended()
 
     # --- taking in ---
@@ -385,7 +397,8 @@ class Worker:
         if self.error is None and self.columns is None:
             self.command_tags = "\n".join(map(self._server.decode, self._tags))
         self._set_ended()
-        self._control.tell_if_connected([messages.FINISHED, self.key, self._changes()])
+        self.changes = self._changes()
+        self._control.tell_if_connected([messages.FINISHED, self.key, self.changes])
 
     def _set_ended(self) -> None:
         self.elapsed_ms = (time.monotonic() - self._started) * 1000

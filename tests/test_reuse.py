@@ -1,0 +1,265 @@
+"""Worker sessions are kept and used again, and show nothing of an earlier job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.background import Handle, launch, listed, result, run, wait
+from tests.clusters import Cluster, Session, sqlstate, wait_until
+
+PID = "SELECT pg_backend_pid()"
+
+
+def worker_pid(session: Session) -> int:
+    """The backend that the next job runs in."""
+    return int(run(session, PID, "pid int")[0][0])
+
+
+def submit(session: Session, query: str) -> Handle:
+    """Starts a worker whose output is thrown away, and waits for its end."""
+    handle = Handle(*session.rows("SELECT pid, cookie FROM pg_background_submit_v2(%s)", (query,))[0])
+    wait(session, handle)
+    return handle
+
+
+def cancel(session: Session, handle: Handle) -> None:
+    """Asks a worker to stop, and waits until it has."""
+    session.execute("SELECT pg_background_cancel_v2(%s, %s)", handle)
+    wait(session, handle)
+
+
+# --- when a session is used again -----------------------------------------------------------------
+
+
+def test_a_finished_workers_session_runs_the_next_job(alice: Session) -> None:
+    assert len({worker_pid(alice) for _ in range(5)}) == 1
+
+
+def test_a_failed_jobs_session_runs_the_next_job(alice: Session) -> None:
+    before = worker_pid(alice)
+    with sqlstate("22012"):
+        run(alice, "SELECT 1/0")
+    assert worker_pid(alice) == before
+
+
+def test_submitted_jobs_are_given_kept_sessions(alice: Session) -> None:
+    alice.execute("SET pg_background.max_workers = 2")
+    pids = {submit(alice, "SELECT 1").pid for _ in range(20)}
+    assert len(pids) <= 3
+
+
+def test_pool_size_0_gives_every_job_a_fresh_backend(alice: Session) -> None:
+    alice.execute("SET pg_background.pool_size = 0")
+    started = {
+        run(
+            alice,
+            "SELECT pg_postmaster_start_time(), backend_start FROM pg_stat_get_activity(pg_backend_pid())",
+            "a timestamptz, b timestamptz",
+        )[0][1]
+        for _ in range(3)
+    }
+    assert len(started) == 3
+
+
+def test_no_more_sessions_are_kept_than_pool_size(alice: Session, cluster: Cluster, conn: Session) -> None:
+    alice.execute("SET pg_background.pool_size = 2")
+    handles = [launch(alice, PID) for _ in range(5)]
+    for handle in handles:
+        result(alice, handle, "pid int")
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'pg_background'"
+    wait_until(lambda: conn.value(query) == 2, what="two kept sessions")
+
+
+def test_a_cancelled_workers_session_is_not_used_again(alice: Session) -> None:
+    handle = launch(alice, "SELECT pg_sleep(30)")
+    cancel(alice, handle)
+    with sqlstate("57014"):
+        result(alice, handle)
+    assert worker_pid(alice) != handle.pid
+
+
+def test_a_detached_workers_session_is_not_used_again(alice: Session) -> None:
+    handle = launch(alice, "SELECT 1")
+    alice.execute("SELECT pg_background_detach_v2(%s, %s)", handle)
+    assert worker_pid(alice) != handle.pid
+
+
+def test_a_tracked_workers_pid_is_not_given_to_another(alice: Session) -> None:
+    handle = launch(alice, PID)
+    wait(alice, handle)
+    assert worker_pid(alice) != handle.pid
+    assert result(alice, handle, "pid int") == [(handle.pid,)]
+
+
+def test_kept_sessions_are_not_shared_between_roles(conn: Session, role: Callable[..., str]) -> None:
+    first, second = role("first"), role("second")
+    pids = {}
+    for name in (first, second, first, second):
+        conn.execute(f'SET ROLE "{name}"')
+        user, pid = run(conn, "SELECT current_user::text, pg_backend_pid()", "u text, pid int")[0]
+        assert user == name
+        assert pids.setdefault(name, pid) == pid
+    assert pids[first] != pids[second]
+    conn.execute("RESET ROLE")
+
+
+def test_an_idle_session_ends_after_pool_idle_timeout(alice: Session, conn: Session) -> None:
+    alice.execute("SET pg_background.pool_idle_timeout = '200ms'")
+    pid = worker_pid(alice)
+    wait_until(lambda: not conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)), what="its end")
+    assert worker_pid(alice) != pid
+
+
+def test_kept_sessions_end_with_their_launcher(alice: Session, conn: Session) -> None:
+    pid = worker_pid(alice)
+    assert conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)) == 1
+    alice.close()
+    wait_until(lambda: not conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)), what="its end")
+
+
+def test_a_kept_session_that_was_terminated_is_replaced(alice: Session, conn: Session) -> None:
+    pid = worker_pid(alice)
+    conn.execute("SELECT pg_terminate_backend(%s, 5000)", (pid,))
+    assert worker_pid(alice) != pid
+
+
+def test_changed_settings_of_the_launcher_reach_a_kept_session(alice: Session) -> None:
+    before = worker_pid(alice)
+    for value in ("3MB", "5MB", "4MB"):
+        alice.execute(f"SET work_mem = '{value}'")
+        assert run(alice, "SELECT current_setting('work_mem'), pg_backend_pid()", "v text, pid int") == [
+            (value, before)
+        ]
+    alice.execute("RESET work_mem")
+    default = alice.value("SHOW work_mem")
+    assert run(alice, "SELECT current_setting('work_mem'), pg_backend_pid()", "v text, pid int") == [(default, before)]
+
+
+# --- what an earlier job leaves behind: nothing ---------------------------------------------------
+
+
+def leave(session: Session, query: str, how: str, columns: str = "r text") -> int:
+    """Run a job that leaves something behind, to the kind of end that is asked for; the pid of its backend."""
+    if how == "submitted":
+        return submit(session, query).pid
+    handle = launch(session, query)
+    result(session, handle, columns)
+    return handle.pid
+
+
+@pytest.fixture(params=["launched", "submitted"])
+def how(request: pytest.FixtureRequest) -> str:
+    """How the earlier job was started."""
+    return str(request.param)
+
+
+def test_settings_do_not_stay(alice: Session, how: str) -> None:
+    pid = leave(alice, "SET work_mem = '7MB'; SET datestyle = 'German'; SET TimeZone = 'Asia/Tokyo'", how)
+    shown = run(
+        alice,
+        "SELECT pg_backend_pid(), current_setting('work_mem'), current_setting('datestyle'), current_setting('timezone')",
+        "pid int, a text, b text, c text",
+    )
+    expected = [alice.value(f"SHOW {name}") for name in ("work_mem", "datestyle", "timezone")]
+    assert shown in ([(pid, *expected)], [(shown[0][0], *expected)])
+
+
+def test_a_session_in_which_a_job_made_a_placeholder_is_not_used_again(alice: Session, how: str) -> None:
+    leave(alice, "SELECT set_config('left.behind', 'x', false)", how)
+    assert run(alice, "SELECT current_setting('left.behind', true)") == [(None,)]
+
+
+def test_temporary_tables_do_not_stay(alice: Session, how: str) -> None:
+    leave(alice, "CREATE TEMP TABLE left_behind AS SELECT 1", how)
+    assert run(alice, "SELECT to_regclass('pg_temp.left_behind')::text") == [(None,)]
+
+
+def test_prepared_statements_do_not_stay(alice: Session, how: str) -> None:
+    leave(alice, "PREPARE left_behind AS SELECT 1", how)
+    assert run(alice, "SELECT count(*)::text FROM pg_prepared_statements") == [("0",)]
+
+
+def test_advisory_locks_do_not_stay(alice: Session, conn: Session, how: str) -> None:
+    leave(alice, "SELECT pg_advisory_lock(424242)::text", how)
+    query = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND objid = 424242"
+    wait_until(lambda: conn.value(query) == 0, what="the lock's release")
+
+
+def test_listening_does_not_stay(alice: Session, how: str) -> None:
+    leave(alice, "LISTEN left_behind", how)
+    assert run(alice, "SELECT count(*)::text FROM pg_listening_channels()") == [("0",)]
+
+
+def test_cursors_do_not_stay(alice: Session, how: str) -> None:
+    leave(alice, "DECLARE left_behind CURSOR WITH HOLD FOR SELECT 1", how)
+    assert run(alice, "SELECT count(*)::text FROM pg_cursors") == [("0",)]
+
+
+def test_the_state_of_sequences_does_not_stay(alice: Session, how: str) -> None:
+    alice.execute("CREATE SEQUENCE numbers")
+    leave(alice, "SELECT nextval('numbers')::text", how)
+    with sqlstate("55000"):
+        run(alice, "SELECT lastval()::text")
+
+
+def test_roles_do_not_stay(conn: Session, role: Callable[..., str], how: str) -> None:
+    group, member = role("group", login=False), role("member")
+    conn.execute(f'GRANT "{group}" TO "{member}"')
+    conn.execute(f'SET ROLE "{member}"')
+    leave(conn, f'SET ROLE "{group}"', how)
+    assert run(conn, "SELECT current_user || ' ' || session_user") == [(f"{member} {member}",)]
+    leave(conn, f'SET SESSION AUTHORIZATION "{member}"', how)
+    assert run(conn, "SELECT current_user || ' ' || session_user") == [(f"{member} {member}",)]
+    conn.execute("RESET ROLE")
+
+
+def test_nothing_of_a_job_that_changed_everything_and_failed_stays(alice: Session) -> None:
+    job = (
+        "SET work_mem = '9MB'; CREATE TEMP TABLE left_behind (a int); PREPARE left_behind AS SELECT 1;"
+        " LISTEN left_behind; SELECT pg_advisory_lock(77); SELECT 1/0"
+    )
+    with sqlstate("22012"):
+        run(alice, job)
+    seen = run(
+        alice,
+        "SELECT current_setting('work_mem'), to_regclass('pg_temp.left_behind')::text,"
+        " (SELECT count(*) FROM pg_prepared_statements), (SELECT count(*) FROM pg_listening_channels()),"
+        " (SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid())",
+        "a text, b text, c int8, d int8, e int8",
+    )
+    assert seen == [(alice.value("SHOW work_mem"), None, 0, 0, 0)]
+
+
+def test_read_only_and_isolation_defaults_do_not_stay(alice: Session, how: str) -> None:
+    leave(alice, "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY, ISOLATION LEVEL SERIALIZABLE", how)
+    query = "SELECT current_setting('transaction_read_only') || ' ' || current_setting('transaction_isolation')"
+    assert run(alice, query) == [("off read committed",)]
+
+
+# --- privileges bite at once ----------------------------------------------------------------------
+
+
+def test_a_revoked_role_gets_no_kept_session(alice: Session, conn: Session) -> None:
+    worker_pid(alice)
+    conn.execute(f'REVOKE pgbackground_role FROM "{alice.info.user}"')
+    with sqlstate("42501"):
+        alice.execute("SELECT pg_background_launch('SELECT 1')")
+    conn.execute(f'GRANT pgbackground_role TO "{alice.info.user}"')
+
+
+def test_a_renamed_roles_jobs_run_under_its_new_name(alice: Session, conn: Session) -> None:
+    worker_pid(alice)
+    name = alice.info.user
+    conn.execute(f'ALTER ROLE "{name}" RENAME TO "{name} renamed"')
+    assert run(alice, "SELECT current_user::text") == [(f"{name} renamed",)]
+    conn.execute(f'ALTER ROLE "{name} renamed" RENAME TO "{name}"')
+
+
+def test_listed_and_counted_after_reuse(alice: Session) -> None:
+    for _ in range(3):
+        worker_pid(alice)
+    assert listed(alice) == []
+    counts = alice.rows("SELECT workers_launched, workers_completed, workers_active FROM pg_background_stats_v2()")
+    assert counts == [(3, 3, 0)]
