@@ -80,6 +80,8 @@ _SQL = Argument("sql", "text")
 _QUEUE_SIZE = Argument("queue_size", "int4", "0")
 _LABEL = Argument("label", "text")
 _PARAMS = Argument("params", "text[]")
+_TIMEOUT = Argument("timeout_ms", "int4", "0")
+_HANDLES = Argument("handles", "pg_background_handle[]")
 _PID = Argument("pid", "int4")
 _HANDLE = (_PID, Argument("cookie", "int8"))
 _PRIVILEGES = (
@@ -140,6 +142,25 @@ API: tuple[Function, ...] = (
         )
     ),
     Function(
+        "pg_background_run_v2",
+        (
+            _SQL,
+            _QUEUE_SIZE,
+            _TIMEOUT,
+            Argument("label", "text", "NULL"),
+            Argument("params", "text[]", "NULL"),
+        ),
+        "pg_background_run_result",
+        "Runs sql in a background worker, waits for its end and lets it go: an autonomous transaction in one call. Its"
+        " rows are thrown away. Columns: pid, cookie, state, consumed, completed, has_error, row_count, command_tag,"
+        " sqlstate, error_message, label, launched_at, timed_out, elapsed_ms. Never raises the worker's error. After"
+        " timeout_ms milliseconds (0: no limit) the worker is cancelled. If this call itself is cancelled, so is the"
+        " worker.",
+        "v2",
+        START,
+        strict=False,
+    ),
+    Function(
         "pg_background_result_v2",
         _HANDLE,
         "SETOF record",
@@ -149,6 +170,17 @@ API: tuple[Function, ...] = (
         " the worker waits for this session.",
         "v2",
         READ,
+    ),
+    Function(
+        "pg_background_run_query_v2",
+        (_SQL, _QUEUE_SIZE, _TIMEOUT, Argument("label", "text", "NULL"), Argument("col_def", "text", "NULL")),
+        "SETOF record",
+        "Runs sql in a background worker and returns its rows, in one call that leaves nothing behind; raises the"
+        " worker's error. After timeout_ms milliseconds (0: no limit) the worker is cancelled, which is error 57014."
+        " The call needs a column list, as that of pg_background_result_v2; col_def, if given, must say the same.",
+        "v2",
+        READ,
+        strict=False,
     ),
     Function(
         "pg_background_wait_v2",
@@ -194,6 +226,97 @@ API: tuple[Function, ...] = (
         " handle.",
         "v2",
         CONTROL,
+    ),
+    Function(
+        "pg_background_wait_any_v2",
+        (_HANDLES, _TIMEOUT),
+        "pg_background_handle",
+        "Sleeps until one of these workers has ended, and returns its handle; NULL after timeout_ms milliseconds (0: no"
+        " limit), and for no handles. NULLs among them are passed over. Raises 42704, 55000 and 42501 as"
+        " pg_background_wait_v2.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_drain_v2",
+        (_HANDLES, _TIMEOUT),
+        "SETOF pg_background_outcome",
+        "Waits until all of these workers have ended, or timeout_ms milliseconds (0: no limit) have passed, returns an"
+        " outcome for each, in the order of the handles, and stops tracking them: what still runs goes on. Errors as"
+        " pg_background_wait_v2.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_cancel_all_v2",
+        (),
+        "int4",
+        "Cancels all running workers of this session that the caller may manage; returns how many.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_cancel_by_label_v2",
+        (Argument("pattern", "text"), Argument("grace_ms", "int4", "0")),
+        "int4",
+        "Cancels this session's running workers whose label matches the pattern, as LIKE does; returns how many. With"
+        " grace_ms above 0 it waits so many milliseconds for their ends, then terminates their backends.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_detach_all_v2",
+        (),
+        "int4",
+        "Stops tracking all workers of this session that the caller may manage; returns how many.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_purge_v2",
+        (),
+        "int4",
+        "Stops tracking those workers of this session that have ended, unread results included; returns how many.",
+        "v2",
+        CONTROL,
+    ),
+    Function(
+        "pg_background_outcome_v2",
+        _HANDLE,
+        "pg_background_outcome",
+        "What became of a worker, of any session: pid, cookie, state, consumed, completed (it has ended), has_error (and"
+        " not well), row_count, command_tag, sqlstate, error_message, label, launched_at. All NULL for a handle that is"
+        " unknown or that the caller may not manage; raises no error.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
+        "pg_background_result_info_v2",
+        _HANDLE,
+        "pg_background_result_info",
+        "row_count, command_tag, completed, has_error, started_at and finished_at of a worker. Raises 42704, 55000 or"
+        " 42501 for a wrong handle.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
+        "pg_background_error_info_v2",
+        _HANDLE,
+        "pg_background_error_info",
+        "sqlstate, message, detail, hint, context, schema_name, table_name, column_name and constraint_name of a"
+        " worker's error; NULLs if it has none. Raises 42704, 55000 or 42501 for a wrong handle.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
+        "pg_background_full_sql_v2",
+        _HANDLE,
+        "text",
+        "The whole SQL of a worker that this session launched (of one that it let go long ago, or that another session"
+        " launched, the first 120 characters, which are what the views show). Raises 42704, 55000 or 42501 for a wrong"
+        " handle.",
+        "v2",
+        OBSERVE,
     ),
     Function(
         "pg_background_list_v2",
@@ -308,4 +431,32 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_placeholders", (), "how many settings this session has that pg_settings does not show."),
     Internal("_pg_background_list", (), "reply: this session's workers as JSON."),
     Internal("_pg_background_stats", (), "reply: this session's counts as JSON."),
+    Internal(
+        "_pg_background_run",
+        ("text", "int4", "int4", "text", "text[]"),
+        "runs a worker to its end; reply: a pg_background_run_result as JSON.",
+    ),
+    Internal(
+        "_pg_background_run_query",
+        ("text", "int4", "int4", "text", "text"),
+        "starts a worker that is read at once; reply: its pid and cookie.",
+    ),
+    Internal("_pg_background_abandon", ("int4", "int8"), "cancels a worker that was to be read at once, if it is there."),
+    Internal("_pg_background_told", ("text", "int4", "int8"), "reply: what a worker's outcome, say, is, as JSON."),
+    Internal(
+        "_pg_background_wait_any",
+        ("pg_background_handle[]", "int4"),
+        "waits for the end of one of these workers; reply: its handle.",
+    ),
+    Internal(
+        "_pg_background_drain",
+        ("pg_background_handle[]", "int4"),
+        "waits for the ends of all these workers; reply: their outcomes as JSON.",
+    ),
+    Internal("_pg_background_take", ("text",), "cancels or releases all workers of this session; reply: how many."),
+    Internal(
+        "_pg_background_cancel_by_label",
+        ("text", "int4"),
+        "cancels this session's workers whose labels match; reply: how many.",
+    ),
 )

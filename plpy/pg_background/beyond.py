@@ -5,12 +5,24 @@ Each method of Beyond stands behind the internal function of its name; calls.py 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-from .calls import reply
-from .errors import INVALID_PARAMETER_VALUE, NULL_VALUE_NOT_ALLOWED, Report, background_error
-from .worker import Parameters
+from . import lexer, messages
+from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, reply
+from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
+from .errors import (
+    INVALID_PARAMETER_VALUE,
+    NULL_VALUE_NOT_ALLOWED,
+    SYNTAX_ERROR,
+    BackgroundError,
+    Report,
+    background_error,
+)
+from .worker import PREVIEW_CHARACTERS, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .calls import Runtime
@@ -19,6 +31,10 @@ if TYPE_CHECKING:
 
 _MAX_LABEL_CHARACTERS = 1000
 _MAX_PARAMETERS = 65535  # the protocol counts them in 16 bits
+# How long a worker that has reached the timeout of its run may take to roll back before its backend is terminated.
+_STOP_GRACE_MS = 1000
+
+Row = dict[str, Any]  # what is known of a worker: store.COLUMNS, and what _outcome_of() derives
 
 
 class Beyond:
@@ -78,6 +94,272 @@ class Beyond:
             [list(params)],
         )
         return list(converted[0]["bytes"])
+
+    # --- one-call runs ---
+
+    @reply
+    def run(
+        self,
+        sql: str | None,
+        queue_size: int | None,
+        timeout_ms: int | None,
+        label: str | None,
+        params: list[str | None] | None,
+    ) -> str:
+        """Launch, wait, release: a JSON object of type pg_background_run_result."""
+        deadline = _deadline(timeout_ms)
+        worker = self._runtime.launch_job(
+            _given(sql),
+            queue_size or 0,
+            label=_checked_label(label),
+            parameters=self._parameters(params),
+            discards=True,
+        )
+        try:
+            timed_out = not worker.wait(deadline)
+            if timed_out:
+                self._stop(worker, timeout_ms)
+            row = _outcome_of(_row_of(worker))
+        except BaseException:
+            self._abandon(worker)
+            raise
+        self._registry.release(worker)
+        return json.dumps({**row, "timed_out": timed_out, "elapsed_ms": worker.elapsed_ms})
+
+    @reply
+    def run_query(
+        self, sql: str | None, queue_size: int | None, timeout_ms: int | None, label: str | None, col_def: str | None
+    ) -> str:
+        """Launch, and wait if there is a timeout: "pid,cookie" of a worker that is to be read at once."""
+        if col_def is not None:
+            self._check_column_list(col_def)
+        deadline = _deadline(timeout_ms)
+        worker = self._runtime.launch_job(_given(sql), queue_size or 0, label=_checked_label(label))
+        try:
+            if deadline is not None and not worker.wait(deadline):
+                self._stop(worker, timeout_ms)
+        except BaseException:
+            self._abandon(worker)
+            raise
+        return f"{worker.pid},{worker.cookie}"
+
+    @reply
+    def abandon(self, pid: int, cookie: int) -> str:
+        """Let go of the worker of a run that has failed half-way, and cancel it. Raises no error."""
+        worker = self._registry.tracked(pid)
+        if worker is not None and worker.cookie == cookie:
+            self._abandon(worker)
+        return ""
+
+    def _check_column_list(self, col_def: str) -> None:
+        """42601 unless the text stays inside of the parentheses that it is put into."""
+        standard_strings = self._server.setting("standard_conforming_strings") == "on"
+        if not lexer.is_balanced(col_def, standard_strings):
+            raise background_error(
+                SYNTAX_ERROR,
+                "the column list is none",
+                detail=f'It is "{col_def[:PREVIEW_CHARACTERS]}".',
+                hint='Give names and types as in "id int, name text".',
+            )
+
+    def _stop(self, worker: Worker, timeout_ms: int | None) -> None:
+        """Cancel a worker whose timeout is over, and wait until it has rolled back."""
+        worker.stop_message = f"canceling background worker due to its timeout of {timeout_ms} ms"
+        worker.cancel_requested = worker.signaled = True
+        self._registry.control.ask(messages.CANCEL, worker.pid, worker.cookie, _STOP_GRACE_MS)
+        worker.wait(time.monotonic() + _STOP_GRACE_MS / 1000 + TERMINATION_S)
+
+    def _abandon(self, worker: Worker) -> None:
+        """Cancel a worker without waiting for its end, and let it go."""
+        if not worker.ended:
+            worker.cancel_requested = worker.signaled = True
+            self._registry.control.tell([messages.CANCEL, 0, worker.pid, worker.cookie, _STOP_GRACE_MS])
+        self._registry.release(worker)
+
+    # --- what became of a worker ---
+
+    @reply
+    def told(self, what: str, pid: int, cookie: int) -> str:
+        """What is known of a worker: a JSON object of type pg_background_<what>, or "=" and its SQL."""
+        tell = {
+            "outcome": self._outcome,
+            "result_info": self._result_info,
+            "error_info": self._error_info,
+            "full_sql": self._full_sql,
+        }[what]
+        return tell(Handle(pid, cookie))
+
+    def _outcome(self, handle: Handle) -> str:
+        """An empty object where nothing is known, or is to be told."""
+        try:
+            return json.dumps(_outcome_of(self._row(handle)))
+        except BackgroundError:
+            return "{}"
+
+    def _result_info(self, handle: Handle) -> str:
+        row = self._row(handle)
+        return json.dumps({**_outcome_of(row), "started_at": row["launched_at"]})
+
+    def _error_info(self, handle: Handle) -> str:
+        return json.dumps({name.replace("error_", "", 1): value for name, value in self._row(handle).items()})
+
+    def _full_sql(self, handle: Handle) -> str:
+        worker = self._tracked(handle)
+        if worker is not None:
+            return "=" + worker.job.sql
+        row = self._runtime.row_elsewhere(*handle)
+        kept = next((old.sql for old in self._registry.released if (old.pid, old.cookie) == handle), None)
+        return "=" + (kept or str(row["sql_preview"]))
+
+    def _row(self, handle: Handle) -> Row:
+        """What is known of a worker, here or elsewhere. 42704, 55000, 42501."""
+        worker = self._tracked(handle)
+        if worker is not None:
+            self._registry.refresh(worker)
+            return _row_of(worker)
+        row = self._runtime.row_elsewhere(*handle)
+        if any(old.consumed for old in self._registry.released if (old.pid, old.cookie) == handle):
+            row["consumed"] = True
+        return row
+
+    def _tracked(self, handle: Handle) -> Worker | None:
+        """The worker if this session tracks it; None if others know of it. 55000 if nobody does, but of its pid."""
+        worker = self._registry.tracked(handle.pid)
+        other_cookie = worker is not None and worker.cookie != handle.cookie
+        if other_cookie and self._registry.control.ask(messages.FIND, *handle) is not None:
+            return None
+        return self._runtime.tracked(*handle)
+
+    # --- many workers ---
+
+    @reply
+    def wait_any(self, handles: list[Row | None], timeout_ms: int | None) -> str:
+        """The handle of one that has ended; empty at the timeout, or if there are none."""
+        deadline = _deadline(timeout_ms)
+        endings = self._endings(_given_handles(handles))
+        try:
+            position = (
+                wait_for_any(self._server, self._registry.control, list(endings.values()), deadline)
+                if endings
+                else None
+            )
+        finally:
+            _forget(endings.values())
+        if position is None:
+            return ""
+        pid, cookie = list(endings)[position]
+        return f"({pid},{cookie})"
+
+    @reply
+    def drain(self, handles: list[Row | None], timeout_ms: int | None) -> str:
+        """Wait for all and let them go: a JSON array of objects of type pg_background_outcome."""
+        deadline = _deadline(timeout_ms)
+        wanted = _given_handles(handles)
+        endings = self._endings(wanted)
+        try:
+            wait_for_all(self._server, self._registry.control, endings, deadline)
+        finally:
+            _forget(endings.values())
+        outcomes = {handle: _outcome_of(self._row(handle)) for handle in endings}
+        for handle in endings:
+            worker = self._tracked(handle)
+            if worker is not None:
+                self._registry.release(worker)
+        return json.dumps([outcomes[handle] for handle in wanted])
+
+    def _endings(self, handles: Iterable[Handle]) -> dict[Handle, Ending]:
+        """By handle. 42704, 55000, 42501, and then nothing has been asked."""
+        endings: dict[Handle, Ending] = {}
+        for handle in handles:
+            worker = self._tracked(handle)
+            if worker is not None:
+                endings[handle] = OwnEnding(self._registry.control, worker)
+            else:
+                endings[handle] = OtherEnding(self._registry.control, handle, self._runtime.row_elsewhere(*handle))
+        return endings
+
+    @reply
+    def take(self, how: str) -> str:
+        """Cancel all, detach all, or purge: how many it took."""
+        workers = self._managed()
+        if how == "cancel_all":
+            return str(self._cancel([worker for worker in workers if not worker.ended], None))
+        if how == "purge":
+            workers = [worker for worker in workers if worker.ended]
+        for worker in workers:
+            self._registry.release(worker)
+        return str(len(workers))
+
+    @reply
+    def cancel_by_label(self, pattern: str, grace_ms: int) -> str:
+        """How many it took; a grace of 0 terminates none."""
+        running = [worker for worker in self._managed() if not worker.ended and worker.job.label is not None]
+        matches = self._server.query(
+            "SELECT l.label OPERATOR(pg_catalog.~~) $2 AS yes"
+            " FROM pg_catalog.unnest($1) WITH ORDINALITY AS l(label, place) ORDER BY l.place",
+            ["pg_catalog.text[]", "pg_catalog.text"],
+            [[worker.job.label for worker in running], pattern],
+        )
+        chosen = [worker for worker, match in zip(running, matches) if match["yes"]]
+        return str(self._cancel(chosen, clamp(grace_ms, MAX_GRACE_MS) or None))
+
+    def _cancel(self, workers: Sequence[Worker], grace_ms: int | None) -> int:
+        for worker in workers:
+            worker.cancel_requested = worker.signaled = True
+            self._registry.control.ask(messages.CANCEL, worker.pid, worker.cookie, grace_ms)
+        if grace_ms is not None:
+            deadline = time.monotonic() + grace_ms / 1000 + TERMINATION_S
+            for worker in workers:
+                worker.wait(deadline)
+                self._registry.count_end(worker)
+        return len(workers)
+
+    def _managed(self) -> list[Worker]:
+        """The tracked workers that the caller may manage, each up to date."""
+        return [worker for worker in self._registry.all() if self._registry.may_manage(worker.role_oid)]
+
+
+def _row_of(worker: Worker) -> Row:
+    """What this session knows of a worker that it tracks, as the supervisor would tell it."""
+    ended_at = (worker.launched_at + timedelta(milliseconds=worker.elapsed_ms)).isoformat() if worker.ended else None
+    return {
+        "pid": worker.pid,
+        "cookie": worker.cookie,
+        "label": worker.job.label,
+        "launched_at": worker.launched_at.isoformat(),
+        "finished_at": ended_at,
+        "consumed": worker.consumed,
+        **worker.changes,
+        "state": worker.state.value,
+    }
+
+
+def _outcome_of(row: Mapping[str, Any]) -> Row:
+    """A row with what follows from its state: an end by a cancel is an error too."""
+    state = row["state"]
+    ended = state != State.RUNNING.value
+    return {**row, "completed": ended, "has_error": ended and state != State.STOPPED.value}
+
+
+def _deadline(timeout_ms: int | None) -> float | None:
+    """When a wait is over, by time.monotonic(); 0, and what is less, means never."""
+    if timeout_ms is None or timeout_ms <= 0:
+        return None
+    return time.monotonic() + clamp(timeout_ms, MAX_TIMEOUT_MS) / 1000
+
+
+def _given_handles(handles: Iterable[Row | None]) -> list[Handle]:
+    """Those that are not null."""
+    return [
+        Handle(handle["pid"], handle["cookie"])
+        for handle in handles
+        if handle is not None and handle["pid"] is not None and handle["cookie"] is not None
+    ]
+
+
+def _forget(endings: Iterable[Ending]) -> None:
+    for ending in endings:
+        ending.forget()
 
 
 def _given(sql: str | None) -> str:

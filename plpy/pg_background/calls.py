@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from .beyond import Beyond
 
 _LAST_ERROR_CHARACTERS = 512
-_MAX_TIMEOUT_MS = 86_400_000
-_MAX_GRACE_MS = 3_600_000
-_TERMINATION_S = 5.0  # how long a call waits for a backend that it has terminated
+MAX_TIMEOUT_MS = 86_400_000
+MAX_GRACE_MS = 3_600_000
+TERMINATION_S = 5.0  # how long a call waits for a backend that it has terminated
 
 Method = TypeVar("Method", bound=Callable[..., str])
 
@@ -242,19 +242,19 @@ class Runtime:
     @reply
     def wait(self, pid: int, cookie: int | None, timeout_ms: int | None) -> str:
         """ "true" when the work has ended, "false" at the timeout."""
-        deadline = None if timeout_ms is None else time.monotonic() + _clamp(timeout_ms, _MAX_TIMEOUT_MS) / 1000
-        worker = self._tracked(pid, cookie)
+        deadline = None if timeout_ms is None else time.monotonic() + clamp(timeout_ms, MAX_TIMEOUT_MS) / 1000
+        worker = self.tracked(pid, cookie)
         if worker is None:
             return self._wait_elsewhere(pid, cookie or 0, deadline)
         ended = worker.wait(deadline)
         self._registry.count_end(worker)
         return "true" if ended else "false"
 
-    def _tracked(self, pid: int, cookie: int | None) -> Worker | None:
+    def tracked(self, pid: int, cookie: int | None) -> Worker | None:
         """The worker if this session tracks it; None if it is another's, or detached."""
         return None if self._registry.tracked(pid) is None else self._registry.find(pid, cookie)
 
-    def _row_elsewhere(self, pid: int, cookie: int) -> dict[str, Any]:
+    def row_elsewhere(self, pid: int, cookie: int) -> dict[str, Any]:
         """The row of a worker of another session, or a detached one. 42704, 42501."""
         row = self._registry.control.ask(messages.FIND, pid, cookie)
         if row is None:
@@ -270,7 +270,7 @@ class Runtime:
     def _wait_elsewhere(self, pid: int, cookie: int, deadline: float | None) -> str:
         """As wait, for a worker of another session, or a detached one: the supervisor tells of its end."""
         control = self._registry.control
-        if self._row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
+        if self.row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
             return "true"
         if deadline is None:
             with Watch(self._server, control, pid) as watch:
@@ -290,18 +290,18 @@ class Runtime:
     @reply
     def cancel(self, pid: int, cookie: int, grace_ms: int | None) -> str:
         """Ask a worker to stop; with a grace, wait so long for its end, and then for that of its backend."""
-        grace = None if grace_ms is None else _clamp(grace_ms, _MAX_GRACE_MS)
-        worker = self._tracked(pid, cookie)
+        grace = None if grace_ms is None else clamp(grace_ms, MAX_GRACE_MS)
+        worker = self.tracked(pid, cookie)
         if worker is not None:
             self._registry.refresh(worker)
             if worker.ended:
                 return ""
             worker.cancel_requested = worker.signaled = True
-        elif self._row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
+        elif self.row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
             return ""
         self._registry.control.ask(messages.CANCEL, pid, cookie, grace)
         if grace is not None:
-            deadline = time.monotonic() + grace / 1000 + _TERMINATION_S
+            deadline = time.monotonic() + grace / 1000 + TERMINATION_S
             if worker is not None:
                 worker.wait(deadline)
                 self._registry.count_end(worker)
@@ -365,5 +365,6 @@ class Reading:
         self.finished = False
 
 
-def _clamp(timeout_ms: int, high: int) -> int:
+def clamp(timeout_ms: int, high: int) -> int:
+    """Between 0 and the highest value that is allowed."""
     return max(0, min(high, timeout_ms))

@@ -67,6 +67,15 @@ class Listener(Protocol):
         """A new supervisor knows nothing yet: tell it of every worker."""
 
 
+class Question:
+    """A question to the supervisor whose answer is waited for beside other things."""
+
+    def __init__(self, request: int, message: list[Any]) -> None:
+        self.request = request
+        self.message = message
+        self.asked: socket.socket | None = None
+
+
 class Control:
     """The control connection of this session."""
 
@@ -79,6 +88,7 @@ class Control:
         self._read_source = read_source
         self._path = messages.socket_path(server.database_oid)
         self._socket: socket.socket | None = None
+        self.connections = 0  # so many there have been
         self._requests = 0
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
@@ -108,6 +118,7 @@ class Control:
                     f"'{APPLICATION_NAME}' in pg_stat_activity; pg_terminate_backend() makes room for another.",
                 )
         self._socket = connection
+        self.connections += 1
         if self.listener is not None:
             self.listener.hand_over_again()
         if old is not None:
@@ -172,6 +183,30 @@ class Control:
         finally:
             self._awaited.discard(request)
         return self._replies.pop(request)
+
+    def question(self, kind: str, *arguments: Any) -> Question:
+        """A question that is_answered() puts; forget() ends it."""
+        self._requests += 1
+        self._awaited.add(self._requests)
+        return Question(self._requests, [kind, self._requests, *arguments])
+
+    def is_answered(self, question: Question) -> bool:
+        """Whether the answer has come. Puts the question, and once more to a supervisor that has taken over."""
+        while question.request not in self._replies:
+            self.ensure()
+            if self._socket is not question.asked:
+                self.tell(question.message)
+                question.asked = self._socket
+            self.hear()
+            if self._socket is question.asked:
+                break
+        return question.request in self._replies
+
+    def forget(self, question: Question) -> None:
+        """No answer is wanted any more."""
+        self._awaited.discard(question.request)
+        if self._replies.pop(question.request, None) is None and question.asked is not None:
+            self.tell_if_connected([messages.FORGET, question.request])
 
     def hear(self) -> None:
         """Take in all news that has come, without waiting."""

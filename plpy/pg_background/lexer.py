@@ -101,6 +101,16 @@ def statement_count(sql: str, standard_conforming_strings: bool) -> int:
     return sum(1 for _ in statements(sql, standard_conforming_strings))
 
 
+def is_balanced(sql: str, standard_conforming_strings: bool) -> bool:
+    """Whether text that is put between parentheses stays there: it closes none but its own, and ends no statement."""
+    depth = 0
+    for token, _ in _tokens(sql, standard_conforming_strings):
+        depth += (token == "(") - (token == ")")
+        if depth < 0 or token == ";":
+            return False
+    return depth == 0
+
+
 def leading_keywords(sql: str, standard_conforming_strings: bool) -> list[tuple[str, ...]]:
     """For each statement its leading words without quotes, in upper case, at most four.
 

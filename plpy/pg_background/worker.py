@@ -97,6 +97,8 @@ class Worker:
         self.detached = False
         self.signaled = False  # a cancel may still be on its way: the session is not reused
         self.cancel_requested = False
+        self.stop_message: str | None = None  # why, where the server does not know it
+        self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
         self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
         self.columns: tuple[Column, ...] | None = None
         self.command_tags: str | None = None  # of a job that returned no rows, one a line
@@ -430,7 +432,10 @@ class Worker:
         return {name: value for name, value in changes.items() if value is not None}
 
     def _explain_timeout(self) -> None:
-        """worker_timeout ends a worker by a cancel, of which the server does not know why it came."""
+        """A timeout of ours ends a worker by a cancel, of which the server does not know why it came."""
+        if self.stop_message is not None and self.error is not None:
+            self.error = replace(self.error, message=self.stop_message)
+            return
         over = (time.monotonic() - self._started) * 1000 >= self.configuration.worker_timeout_ms > 0
         if over and not self.cancel_requested and self.error is not None:
             message = "canceling background worker due to pg_background.worker_timeout"
