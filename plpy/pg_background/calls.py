@@ -27,7 +27,7 @@ from .errors import (
 from .registry import Registry
 from .results import rows_query
 from .server import Server
-from .worker import PREVIEW_CHARACTERS, Job, State, Worker
+from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .beyond import Beyond
@@ -117,11 +117,19 @@ class Runtime:
         return f"({worker.pid},{worker.cookie})"
 
     def launch_job(
-        self, sql: str, queue_size: int, *, v1: bool = False, submitted: bool = False, options: Options = NO_OPTIONS
+        self,
+        sql: str,
+        queue_size: int,
+        *,
+        v1: bool = False,
+        submitted: bool = False,
+        label: str | None = None,
+        parameters: Parameters | None = None,
+        discards: bool = False,
     ) -> Worker:
         """Start a worker, unless its SQL holds what no worker can run (0A000)."""
         configuration = self._configurations.now()
-        job = Job(sql, configuration.queue_bytes(queue_size), submitted, options)
+        job = Job(sql, configuration.queue_bytes(queue_size), submitted, label, parameters, discards)
         command = lexer.forbidden(sql, configuration.standard_strings)
         if command is not None:
             raise background_error(

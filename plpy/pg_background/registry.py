@@ -29,20 +29,9 @@ from .worker import Job, State, Worker
 
 _REMEMBERED = 200
 _KEPT_SQL_CHARACTERS = 50_000
-_REMEMBERED = 200
-_KEPT_SQL_CHARACTERS = 50_000
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
 _SLOT_RETRY_S = 0.05
 _CLEAN_UP_S = 0.01
-
-
-class Released(NamedTuple):
-    """What this session still knows of a worker that it has let go, and the supervisor does not."""
-
-    pid: int
-    cookie: int
-    consumed: bool
-    sql: str | None  # None: too long to be kept
 
 
 class Released(NamedTuple):
@@ -70,7 +59,6 @@ class Registry:
         self._workers: dict[int, Worker] = {}  # tracked, by pid
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
-        self.released: deque[Released] = deque(maxlen=_REMEMBERED)
         self.released: deque[Released] = deque(maxlen=_REMEMBERED)
         self.counts = dict.fromkeys(State, 0)
         self.launched = 0
@@ -283,10 +271,6 @@ class Registry:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
-        sql = worker.job.sql
-        self.released.append(
-            Released(worker.pid, worker.cookie, worker.consumed, sql if len(sql) <= _KEPT_SQL_CHARACTERS else None)
-        )
         sql = worker.job.sql
         self.released.append(
             Released(worker.pid, worker.cookie, worker.consumed, sql if len(sql) <= _KEPT_SQL_CHARACTERS else None)

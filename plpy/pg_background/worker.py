@@ -99,7 +99,6 @@ class Worker:
         self.cancel_requested = False
         self.stop_message: str | None = None  # why, where the server does not know it
         self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
-        self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
         self.columns: tuple[Column, ...] | None = None
         self.command_tags: str | None = None  # of a job that returned no rows, one a line
         self.elapsed_ms = 0.0
