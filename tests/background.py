@@ -12,6 +12,11 @@ LIST_COLUMNS = (
 )
 
 
+def _escaped(schema: str) -> str:
+    """For psycopg, in a query with parameters."""
+    return schema.replace("%", "%%")
+
+
 class Handle(NamedTuple):
     """A worker's pid and cookie."""
 
@@ -35,13 +40,13 @@ class Listed(NamedTuple):
 
 def launch(session: Session, query: str, queue_size: int = 0, schema: str = "public") -> Handle:
     """Starts a worker, version 2."""
-    call = f"SELECT pid, cookie FROM {schema}.pg_background_launch_v2(%s, %s)"
+    call = f"SELECT pid, cookie FROM {_escaped(schema)}.pg_background_launch_v2(%s, %s)"
     return Handle(*session.rows(call, (query, queue_size))[0])
 
 
 def result(session: Session, handle: Handle, columns: str = "r text", schema: str = "public") -> list[Any]:
     """A worker's rows; `columns` is the column list."""
-    return session.rows(f"SELECT * FROM {schema}.pg_background_result_v2(%s, %s) AS r({columns})", handle)
+    return session.rows(f"SELECT * FROM {_escaped(schema)}.pg_background_result_v2(%s, %s) AS r({columns})", handle)
 
 
 def run(session: Session, query: str, columns: str = "r text") -> list[Any]:
@@ -51,12 +56,12 @@ def run(session: Session, query: str, columns: str = "r text") -> list[Any]:
 
 def wait(session: Session, handle: Handle, schema: str = "public") -> None:
     """Waits for a worker's end."""
-    session.execute(f"SELECT {schema}.pg_background_wait_v2(%s, %s)", handle)
+    session.execute(f"SELECT {_escaped(schema)}.pg_background_wait_v2(%s, %s)", handle)
 
 
 def detach(session: Session, handle: Handle, schema: str = "public") -> None:
     """Lets a worker go."""
-    session.execute(f"SELECT {schema}.pg_background_detach_v2(%s, %s)", handle)
+    session.execute(f"SELECT {_escaped(schema)}.pg_background_detach_v2(%s, %s)", handle)
 
 
 def listed(session: Session, schema: str = "public") -> list[Listed]:

@@ -51,9 +51,7 @@ def test_nothing_is_open_to_public(conn: Session) -> None:
     assert types == []
 
 
-def test_role_without_a_grant_may_call_nothing(
-    connect: Callable[..., Session], role: Callable[..., Role]
-) -> None:
+def test_role_without_a_grant_may_call_nothing(connect: Callable[..., Session], role: Callable[..., Role]) -> None:
     mallory = connect(role("mallory", granted=False))
     for call in (_qualified(RUN_V1), _qualified(RUN_V2), *OTHER_CALLS):
         with sqlstate("42501"):
@@ -167,9 +165,7 @@ def test_revoke_helper_without_v1_leaves_version_1(
     session = connect(bob)
     with sqlstate("42501"):
         session.execute(_qualified(RUN_V2))
-    assert session.value(
-        "SELECT has_function_privilege(CURRENT_USER, 'pg_background_launch(text, int4)', 'EXECUTE')"
-    )
+    assert session.value("SELECT has_function_privilege(CURRENT_USER, 'pg_background_launch(text, int4)', 'EXECUTE')")
 
 
 @pytest.mark.parametrize("call", ["grant_pg_background_privileges", "revoke_pg_background_privileges"])
@@ -191,9 +187,7 @@ def test_null_arguments_change_nothing(conn: Session, call: str) -> None:
 @pytest.mark.parametrize(
     "name", ['Odd "quoted" name', "semi;colon", "per%cent %I %s", "back\\slash '", "gr\u00fc\u00dfe"]
 )
-def test_printed_commands_quote_names_and_can_be_run(
-    conn: Session, role: Callable[..., Role], name: str
-) -> None:
+def test_printed_commands_quote_names_and_can_be_run(conn: Session, role: Callable[..., Role], name: str) -> None:
     odd = role(name, granted=False)
     conn.execute("SELECT grant_pg_background_privileges(%s)", (str(odd),))
     assert conn.notices == []
@@ -216,9 +210,7 @@ def test_printed_commands_quote_names_and_can_be_run(
 def test_helpers_are_not_bent_by_the_callers_search_path(conn: Session, role: Callable[..., Role]) -> None:
     bob = role("bob", granted=False)
     conn.execute("CREATE SCHEMA planted")
-    conn.execute(
-        "CREATE FUNCTION planted.format(text, VARIADIC text[]) RETURNS text LANGUAGE sql AS $$SELECT 'bad'$$"
-    )
+    conn.execute("CREATE FUNCTION planted.format(text, VARIADIC text[]) RETURNS text LANGUAGE sql AS $$SELECT 'bad'$$")
     conn.execute("CREATE VIEW planted.pg_roles AS SELECT 'nobody'::name AS rolname")
     conn.execute("CREATE VIEW planted.pg_extension AS SELECT 0::oid AS oid, 'pg_background'::name AS extname")
     conn.execute("SET search_path = planted, pg_catalog")
@@ -233,9 +225,7 @@ def test_helpers_are_not_bent_by_the_callers_search_path(conn: Session, role: Ca
 # --- the end of the role, and of the extension ----------------------------------------------------
 
 
-def test_drop_executor_role_says_which_other_database_depends_on_it(
-    conn: Session, fresh_database: str
-) -> None:
+def test_drop_executor_role_says_which_other_database_depends_on_it(conn: Session, fresh_database: str) -> None:
     with sqlstate("2BP01", match="in database") as raised:
         conn.execute("SELECT pg_background_drop_executor_role()")
     assert raised.diag.message_detail
@@ -302,8 +292,7 @@ def test_drop_extension_leaves_two_roles_that_own_nothing(own_conn: Session) -> 
     assert left == [("pgbackground_role",), ("pgbackground_supervisor",)]
     assert (
         own_conn.rows(
-            "SELECT d.* FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid"
-            " WHERE r.rolname LIKE 'pgbackground%'"
+            "SELECT d.* FROM pg_shdepend d JOIN pg_roles r ON r.oid = d.refobjid WHERE r.rolname LIKE 'pgbackground%'"
         )
         == []
     )
@@ -331,9 +320,7 @@ def test_only_superusers_create_the_extension(
 ) -> None:
     conn.execute("DROP EXTENSION pg_background")
     owner = role("owner", granted=False)
-    conn.execute(
-        sql.SQL("ALTER DATABASE {} OWNER TO {}").format(sql.Identifier(fresh_database), sql.Identifier(owner))
-    )
+    conn.execute(sql.SQL("ALTER DATABASE {} OWNER TO {}").format(sql.Identifier(fresh_database), sql.Identifier(owner)))
     with sqlstate("42501"):
         connect(owner).execute("CREATE EXTENSION pg_background")
     conn.execute(sql.SQL("ALTER DATABASE {} OWNER TO CURRENT_USER").format(sql.Identifier(fresh_database)))
