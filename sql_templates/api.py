@@ -172,6 +172,25 @@ API: tuple[Function, ...] = (
         READ,
     ),
     Function(
+        "pg_background_result_v2",
+        (*_HANDLE, Argument("rowtype", "anyelement")),
+        "SETOF anyelement",
+        "As pg_background_result_v2(pid, cookie), with the columns of a table or composite type instead of a column"
+        " list: pg_background_result_v2(pid, cookie, NULL::orders).",
+        "v2",
+        READ,
+        strict=False,
+    ),
+    Function(
+        "pg_background_result_json_v2",
+        _HANDLE,
+        "SETOF jsonb",
+        "As pg_background_result_v2, each row as a JSON object, whatever its columns. Of several columns with one name"
+        " the later ones get a number (_2). Without rows: objects with the one key command_tag.",
+        "v2",
+        READ,
+    ),
+    Function(
         "pg_background_run_query_v2",
         (_SQL, _QUEUE_SIZE, _TIMEOUT, Argument("label", "text", "NULL"), Argument("col_def", "text", "NULL")),
         "SETOF record",
@@ -443,6 +462,11 @@ INTERNAL: tuple[Internal, ...] = (
     ),
     Internal("_pg_background_abandon", ("int4", "int8"), "cancels a worker that was to be read at once, if it is there."),
     Internal("_pg_background_told", ("text", "int4", "int8"), "reply: what a worker's outcome, say, is, as JSON."),
+    Internal(
+        "_pg_background_open_as",
+        ("int4", "int8", "oid"),
+        "waits for rows; reply: the query that delivers them as rows of a type, or as JSON.",
+    ),
     Internal(
         "_pg_background_wait_any",
         ("pg_background_handle[]", "int4"),

@@ -27,6 +27,7 @@ from .worker import PREVIEW_CHARACTERS, Parameters, State, Worker
 if TYPE_CHECKING:
     from .calls import Runtime
     from .registry import Registry
+    from .results import Column
     from .server import Server
 
 _MAX_LABEL_CHARACTERS = 1000
@@ -34,7 +35,35 @@ _MAX_PARAMETERS = 65535  # the protocol counts them in 16 bits
 # How long a worker that has reached the timeout of its run may take to roll back before its backend is terminated.
 _STOP_GRACE_MS = 1000
 
+_SHORT_NAME = 10  # characters, which are 40 bytes at most: a number still fits in an identifier behind them
+
 Row = dict[str, Any]  # what is known of a worker: store.COLUMNS, and what _outcome_of() derives
+
+
+# The columns of a row type, or the one of any other type; a domain with the type that it comes down to.
+_COLUMNS_OF_TYPE = """
+    WITH RECURSIVE field(place, oid) AS (
+        SELECT a.attnum, a.atttypid
+        FROM pg_catalog.pg_type t
+        JOIN pg_catalog.pg_attribute a ON a.attrelid OPERATOR(pg_catalog.=) t.typrelid
+        WHERE t.oid OPERATOR(pg_catalog.=) $1 AND t.typtype OPERATOR(pg_catalog.=) 'c'
+          AND a.attnum OPERATOR(pg_catalog.>) 0::pg_catalog.int2 AND NOT a.attisdropped
+        UNION ALL
+        SELECT 1::pg_catalog.int2, t.oid FROM pg_catalog.pg_type t
+        WHERE t.oid OPERATOR(pg_catalog.=) $1 AND t.typtype OPERATOR(pg_catalog.<>) 'c'
+    ), base(place, oid, typmod, is_base) AS (
+        SELECT f.place, f.oid, -1, false FROM field f
+        UNION ALL
+        SELECT b.place,
+               CASE WHEN t.typtype OPERATOR(pg_catalog.=) 'd' THEN t.typbasetype ELSE t.oid END,
+               CASE WHEN t.typtype OPERATOR(pg_catalog.=) 'd' THEN t.typtypmod ELSE b.typmod END,
+               t.typtype OPERATOR(pg_catalog.<>) 'd'
+        FROM base b JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) b.oid
+        WHERE NOT b.is_base
+    )
+    SELECT f.oid, b.oid AS base, b.typmod, f.oid OPERATOR(pg_catalog.<>) b.oid AS is_domain
+    FROM field f JOIN base b ON b.place OPERATOR(pg_catalog.=) f.place AND b.is_base
+    ORDER BY f.place"""
 
 
 class Beyond:
@@ -175,6 +204,43 @@ class Beyond:
             worker.cancel_requested = worker.signaled = True
             self._registry.control.tell([messages.CANCEL, 0, worker.pid, worker.cookie, _STOP_GRACE_MS])
         self._registry.release(worker)
+
+    # --- rows without a column list ---
+
+    @reply
+    def open_as(self, pid: int | None, cookie: int | None, row_type: int | None) -> str:
+        """As open_result, with the columns of a row type, or, if that is None, one column of JSON objects."""
+        if pid is None or cookie is None:
+            raise background_error(NULL_VALUE_NOT_ALLOWED, "the handle of a background worker must not be null")
+        worker, query = self._runtime.opened(pid, cookie)
+        if query.startswith("="):
+            return query
+        if row_type is None:
+            names = ", ".join(map(_quoted, _distinct(self._names_of(worker))))
+            return f"SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
+        return self._with_domains(worker.columns or (), query, row_type)
+
+    def _names_of(self, worker: Worker) -> Iterable[str]:
+        return [self._server.decode(column.name) for column in worker.columns or ()]
+
+    def _with_domains(self, columns: Sequence[Column], query: str, row_type: int) -> str:
+        """The query whose values of a base type are of that domain over it that the row type has in their place."""
+        wanted = self._server.query(_COLUMNS_OF_TYPE, ["pg_catalog.oid"], [row_type])
+        domains = [
+            column._replace(type_oid=int(field["oid"]), typmod=-1)
+            if field["is_domain"] and (int(field["base"]), field["typmod"]) == (column.type_oid, column.typmod)
+            else None
+            for column, field in zip(columns, wanted)
+        ]
+        if len(wanted) != len(columns) or not any(domains):
+            return query
+        names = self._registry.type_names.of(tuple(filter(None, domains))) or {}
+        values = ", ".join(
+            f"q.c{place}" if domain is None else f"q.c{place}::{names[domain.type_oid, -1].exact}"
+            for place, domain in enumerate(domains)
+        )
+        aliases = ", ".join(f"c{place}" for place in range(len(columns)))
+        return f"SELECT {values} FROM ({query}) AS q({aliases})"
 
     # --- what became of a worker ---
 
@@ -355,6 +421,27 @@ def _given_handles(handles: Iterable[Row | None]) -> list[Handle]:
         for handle in handles
         if handle is not None and handle["pid"] is not None and handle["cookie"] is not None
     ]
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """The names, with a number where there was the same one before."""
+    taken: list[str] = []
+    for name in names:
+        number, chosen = 1, name
+        while chosen in taken:
+            number += 1
+            chosen = f"{name[:_SHORT_NAME]}_{number}"
+        taken.append(chosen)
+    return taken
+
+
+def _quoted(name: str) -> str:
+    """A quoted identifier without a brace: "{schema}" in the query stands for something else."""
+    doubled = name.replace('"', '""')
+    if "{" not in name:
+        return f'"{doubled}"'
+    escaped = doubled.replace("\\", "\\\\").replace("{", "\\007B")
+    return f'U&"{escaped}"'
 
 
 def _forget(endings: Iterable[Ending]) -> None:

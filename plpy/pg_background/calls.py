@@ -145,6 +145,10 @@ class Runtime:
     @reply
     def open_result(self, pid: int, cookie: int | None) -> str:
         """Wait for the first rows; the query that delivers them, which calls `batches`, or "=" and command tags."""
+        return self.opened(pid, cookie)[1]
+
+    def opened(self, pid: int, cookie: int | None) -> tuple[Worker, str]:
+        """As open_result, and the worker."""
         worker = self._registry.find_for_result(pid, cookie)
         if worker.job.submitted:
             raise background_error(
@@ -164,7 +168,7 @@ class Runtime:
             self._finish(worker)
             assert worker.error is not None
             raise BackgroundError(worker.error)
-        return self._rows_query(worker)
+        return worker, self._rows_query(worker)
 
     def _rows_query(self, worker: Worker) -> str:
         """Types of the job's own making show only after its commit."""
