@@ -308,7 +308,7 @@ class Runtime:
             self._registry.refresh(worker)
             if worker.ended:
                 return ""
-            worker.cancel_requested = worker.signaled = True
+            worker.on_canceling(grace)
         elif self.row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
             return ""
         self._registry.control.ask(messages.CANCEL, pid, cookie, grace)

@@ -96,7 +96,7 @@ class Loopback:
                 UNABLE_TO_CONNECT,
                 "no superuser can log in for a background worker",
                 detail=f'There is no superuser role "{os_user}" that can log in, nor can the bootstrap superuser.',
-                hint=f'CREATE ROLE {_quote_name(os_user or "postgres")} SUPERUSER LOGIN;',
+                hint=f"CREATE ROLE {_quote_name(os_user or 'postgres')} SUPERUSER LOGIN;",
             )
         return [
             Login(int(row["oid"]), row["name"], tuple(self._server.encode(name) for name in row["settings"]))

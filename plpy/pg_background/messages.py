@@ -37,9 +37,13 @@ PROGRESS = "progress"  # percent, message
 WELCOME = "welcome"
 OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
 ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
-CANCELING = "canceling"  # worker pid, key: another session has asked the worker to stop
+CANCELING = "canceling"  # worker pid, key, grace in ms or null: another session has asked the worker to stop
 MOVED = "moved"  # another supervisor will take over: connect anew
 REPLY = "reply"  # request, value
+
+# What both ends say of a job that the server was made to stop.
+TIMED_OUT = "canceling background worker due to pg_background.worker_timeout"
+TERMINATED = "the background worker was terminated, as it had not stopped within the grace period of its cancel"
 
 _MAX_BYTES = 1 << 17
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid

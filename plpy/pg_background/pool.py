@@ -45,6 +45,14 @@ class Pool:
             self.idle.remove(fitting)
         return fitting
 
+    def remove(self, pid: int) -> WorkerSession | None:
+        """Give the session with this pid up, if it is here; the caller ends it."""
+        for session in self.idle:
+            if session.pid == pid:
+                self.idle.remove(session)
+                return session
+        return None
+
     def drop_all(self) -> list[WorkerSession]:
         """Give all idle sessions up; the caller ends them."""
         dropped = list(self.idle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 _START_FIELD = 19  # of /proc/PID/stat, counted from behind the command's name: starttime
 
@@ -14,6 +15,33 @@ def process_start(pid: int) -> int | None:
             return int(stat.read().rpartition(b")")[2].split()[_START_FIELD])
     except (OSError, IndexError, ValueError):
         return None
+
+
+class Process:
+    """A process to send signals to: they reach it, or nobody."""
+
+    def __init__(self, pid: int, start: int | None) -> None:
+        self._pid = pid
+        self._start = start
+        self._pidfd = open_pidfd(pid)
+        if self._pidfd is not None and process_start(pid) != start:
+            self.close()  # of another process, which has the pid now
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal, if the process is still there."""
+        try:
+            if self._pidfd is not None:
+                signal.pidfd_send_signal(self._pidfd, number)
+            elif self._start is not None and process_start(self._pid) == self._start:
+                os.kill(self._pid, number)
+        except ProcessLookupError:
+            return
+
+    def close(self) -> None:
+        """Give the descriptor back."""
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
 
 
 def open_pidfd(pid: int) -> int | None:

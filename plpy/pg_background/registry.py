@@ -334,11 +334,14 @@ class Registry:
         else:
             self._end_session(session)
 
-    def on_canceling(self, pid: int, key: int) -> None:
-        """Another session has asked a worker to stop."""
+    def on_canceling(self, pid: int, key: int, grace_ms: int | None) -> None:
+        """Another session has asked a worker to stop. If it has ended, the signal must not meet the next job."""
         for worker in (self._workers.get(pid), self._elsewhere.get(key)):
             if worker is not None and worker.key == key:
-                worker.cancel_requested = worker.signaled = True
+                worker.on_canceling(grace_ms)
+        session = self._pool.remove(pid)
+        if session is not None:
+            self._end_session(session)
 
     def hand_over_again(self) -> None:
         """Tell a new supervisor of every running job, with its socket."""

@@ -15,11 +15,12 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any, Callable
 
 from . import messages, wire
-from .process import open_pidfd, process_start
+from .process import Process, process_start
 from .store import KEY, Row, Store
 
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
@@ -53,14 +54,16 @@ class Link:
 class Job:
     """One job: its row, and who waits for its end."""
 
-    def __init__(self, row: Row, *, probe: bool, clean_ups: int) -> None:
+    def __init__(self, row: Row, extras: Mapping[str, Any]) -> None:
+        clean_ups = int(extras.get("clean_ups", 0))
         self.row = row
-        self.tags_after = 1 if probe else 0
+        self.tags_after = 1 if extras.get("probe") else 0
+        self.tags_of_commit: int | None = extras.get("tags_of_commit")
         self.groups_after = clean_ups
         self.waiters: list[tuple[Link, int]] = []
-        self.canceled = False
+        self.canceled = bool(extras.get("canceled"))
         self.timed_out = False
-        self.kill_at: float | None = None
+        self.kill_at: float | None = extras.get("terminate_at")  # of time.monotonic()
         self.connection_kept = clean_ups > 0
 
     @property
@@ -72,11 +75,11 @@ class Job:
 class Channel:
     """A duplicate of a worker's socket."""
 
-    def __init__(self, pid: int, connection: socket.socket, link: Link | None) -> None:
+    def __init__(self, pid: int, start: int | None, connection: socket.socket, link: Link | None) -> None:
         self.pid = pid
         self.connection = connection
         self.link = link
-        self.pidfd = open_pidfd(pid)
+        self.process = Process(pid, start)
         self.job: Job | None = None
         self.reads = False  # a submitted job: read message by message
         self.drains = False  # nobody else reads it any more: read to the end of the connection
@@ -100,6 +103,7 @@ class Supervisor:
         lock_fd: int,
         digest: str,
         handle_interrupts: Callable[[], None],
+        in_transaction: Callable[[int], bool],
     ) -> None:
         self._store = store
         self._listener: socket.socket | None = listener
@@ -107,6 +111,7 @@ class Supervisor:
         self._path = path
         self._digest = digest
         self._handle_interrupts = handle_interrupts
+        self._in_transaction = in_transaction  # by the pid of a backend
         self._epoll = select.epoll()
         self._links: dict[int, Link] = {}
         self._channels: dict[int, Channel] = {}  # by the worker's pid
@@ -116,6 +121,7 @@ class Supervisor:
         self._finished: deque[int] = deque()
         self._dirty: dict[int, Row] = {}
         self._syncs: list[tuple[Link, int]] = []
+        self._cancels: list[tuple[Link, int, Job | None]] = []
         self._deadlines: list[tuple[float, int]] = []
         now = time.monotonic()
         self._flush_at = self._tick_at = now
@@ -156,6 +162,7 @@ class Supervisor:
             self._serve(events)
             now = time.monotonic()
             self._read_ready_channels()
+            self._answer_cancels(now)
             self._fire_deadlines(now)
             if now >= self._tick_at:
                 self._tick(now)
@@ -169,7 +176,7 @@ class Supervisor:
         self._retire()
 
     def _poll_timeout(self) -> float:
-        if self._ready:
+        if self._ready or self._cancels:
             return 0
         now = time.monotonic()
         wake_at = now + _SLICE_S
@@ -205,12 +212,10 @@ class Supervisor:
             if channel is not None and channel.job is job:
                 self._watch(channel)
         self._unwatched.clear()
-        for channel in self._channels.values():
+        for channel in list(self._channels.values()):
             job = channel.job
             if job is not None and job.running and (job.canceled or job.timed_out):
-                overdue = job.kill_at is not None and now >= job.kill_at
-                self._signal(channel, signal.SIGTERM if overdue else signal.SIGINT)
-                self._unwatched.add(job.row[KEY])
+                self._stop(job, now)
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_S
             self._prune()
@@ -356,9 +361,9 @@ class Supervisor:
         row = dict(row, launcher_pid=link.pid)
         pid, key = int(row["pid"]), int(row[KEY])
         if descriptors:
-            self._adopt(link, pid, descriptors.pop(0))
+            self._adopt(link, pid, row["process_start"], descriptors.pop(0))
         channel = self._channels[pid]
-        job = Job(row, probe=bool(extras.get("probe")), clean_ups=int(extras.get("clean_ups", 0)))
+        job = Job(row, extras)
         self._jobs[key] = job
         channel.job = job
         channel.answer = wire.Answer()
@@ -377,12 +382,12 @@ class Supervisor:
         else:
             self._unwatched.add(key)
 
-    def _adopt(self, link: Link, pid: int, descriptor: int) -> None:
+    def _adopt(self, link: Link, pid: int, start: int | None, descriptor: int) -> None:
         old = self._channels.get(pid)
         if old is not None:
             self._close_channel(old)
         connection = socket.socket(fileno=descriptor)
-        self._channels[pid] = channel = Channel(pid, connection, link)
+        self._channels[pid] = channel = Channel(pid, start, connection, link)
         self._channel_of_fd[connection.fileno()] = channel
         link.channels.add(pid)
 
@@ -442,8 +447,7 @@ class Supervisor:
         if channel.link is not None:
             channel.link.channels.discard(channel.pid)
         channel.connection.close()
-        if channel.pidfd is not None:
-            os.close(channel.pidfd)
+        channel.process.close()
 
     def _end(self, job: Job, changes: Row) -> None:
         """A job has ended, with this outcome; a second report of the same end changes little."""
@@ -580,10 +584,14 @@ class Supervisor:
             changes.update(state="stopped", command_tag=_text(tag), row_count=wire.row_count(tag))
             return changes
         fields = {name: _text(value) for name, value in wire.error_fields(answer.error).items()}
-        ours = job.canceled and fields.get("sqlstate") in ("57014", "57P01")
-        if job.timed_out and not job.canceled and fields.get("sqlstate") in ("57014", "57P01"):
+        interrupted = fields.get("sqlstate") in ("57014", "57P01")
+        if interrupted and job.tags_of_commit is not None and answer.tags >= job.tags_of_commit:
+            # The signal came during the commit, and became an error after it.
+            return self._outcome(job, answer.without_error())
+        ours = job.canceled and interrupted
+        if job.timed_out and not job.canceled and interrupted:
             fields["sqlstate"] = "57014"
-            fields["message"] = "canceling background worker due to pg_background.worker_timeout"
+            fields["message"] = messages.TIMED_OUT
         changes.update(state="canceled" if ours else "error", sqlstate=fields.pop("sqlstate", None))
         for name in ("message", "detail", "hint", "context"):
             changes["error_" + name] = fields.pop(name, None)
@@ -599,12 +607,17 @@ class Supervisor:
             if grace_ms is not None:
                 job.kill_at = time.monotonic() + grace_ms / 1000
             channel = self._channels.get(pid)
-            if channel is not None and channel.job is job:
-                if channel.link is not None and channel.link is not link:
-                    self._send(channel.link, [messages.CANCELING, pid, job.row[KEY]])
-                self._signal(channel, signal.SIGINT)
-            self._unwatched.add(job.row[KEY])
-        self._send(link, [messages.REPLY, request, job is not None])
+            if channel is not None and channel.link is not None and channel.link is not link:
+                self._send(channel.link, [messages.CANCELING, pid, job.row[KEY], grace_ms])
+        self._cancels.append((link, request, job))
+
+    def _answer_cancels(self, now: float) -> None:
+        """Outside of the handlers: before a signal all that the worker's session has sent is taken in."""
+        cancels, self._cancels = self._cancels, []
+        for link, request, job in cancels:
+            if job is not None:
+                self._stop(job, now)
+            self._send(link, [messages.REPLY, request, job is not None])
 
     def _fire_deadlines(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -613,17 +626,24 @@ class Supervisor:
                 continue
             job.timed_out = True
             job.kill_at = now + _BLOCKED_S
-            channel = self._channels.get(job.row["pid"])
-            if channel is not None and channel.job is job:
-                self._signal(channel, signal.SIGINT)
-            self._unwatched.add(job.row[KEY])
+            self._stop(job, now)
 
-    def _signal(self, channel: Channel, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if channel.pidfd is not None:
-                signal.pidfd_send_signal(channel.pidfd, number)
-            else:
-                os.kill(channel.pid, number)
+    def _stop(self, job: Job, now: float) -> None:
+        """Signal a job's backend, as often as it takes; never one that works on the session's next job by now."""
+        channel = self._channels.get(job.row["pid"])
+        if channel is None or channel.job is not job:
+            return
+        if channel.link is not None:
+            self._receive(channel.link)
+        if not job.running or channel.job is not job or self._channels.get(channel.pid) is not channel:
+            return
+        self._unwatched.add(job.row[KEY])
+        overdue = job.kill_at is not None and now >= job.kill_at
+        if not overdue:
+            channel.process.send(signal.SIGINT)
+        elif self._in_transaction(channel.pid):
+            # Else it has committed, and waits for the reader of its last rows.
+            channel.process.send(signal.SIGTERM)
 
     # --- questions ---
 
@@ -776,7 +796,12 @@ def _hung_up(connection: socket.socket) -> bool:
 
 
 def _lost_connection(job: Job | None) -> Row:
-    """08006: the worker's backend is gone, and what became of its job is not known."""
+    """08006: the worker's backend is gone, and what became of its job is not known, unless it was us."""
     message = "the background worker's backend ended, the outcome of its SQL is unknown"
-    state = "canceled" if job is not None and job.canceled else "error"
-    return {"state": state, "sqlstate": "08006", "error_message": message, "finished_at": _now()}
+    state, sqlstate = "error", "08006"
+    if job is not None and job.kill_at is not None and time.monotonic() >= job.kill_at:
+        if job.canceled:
+            state, sqlstate, message = "canceled", "57P01", messages.TERMINATED
+        else:
+            sqlstate, message = "57014", messages.TIMED_OUT
+    return {"state": state, "sqlstate": sqlstate, "error_message": message, "finished_at": _now()}

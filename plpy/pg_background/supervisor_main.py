@@ -39,7 +39,7 @@ def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     # Whoever started this may leave, and a notice to nobody would end it.
     plpy.execute("SELECT pg_catalog.set_config('client_min_messages', 'error', false)")
     plpy.commit()
-    Supervisor(store, listener, path, lock_fd, digest, _interrupt_handler(plpy)).run()
+    Supervisor(store, listener, path, lock_fd, digest, _interrupt_handler(plpy), _transaction_probe(plpy)).run()
 
 
 def _prove_role(plpy: Any, role_oid: int) -> None:
@@ -82,3 +82,19 @@ def _interrupt_handler(plpy: Any) -> Callable[[], None]:
             plpy.commit()
 
     return handle
+
+
+def _transaction_probe(plpy: Any) -> Callable[[int], bool]:
+    """Tells whether a backend is inside of a transaction: it holds the lock on its own virtual transaction then."""
+    plan = plpy.prepare(
+        "SELECT FROM pg_catalog.pg_locks l WHERE l.pid OPERATOR(pg_catalog.=) $1 AND l.granted"
+        " AND l.locktype OPERATOR(pg_catalog.=) 'virtualxid' AND l.mode OPERATOR(pg_catalog.=) 'ExclusiveLock'",
+        ["pg_catalog.int4"],
+    )
+
+    def in_transaction(pid: int) -> bool:
+        found = plpy.execute(plan, [pid]).nrows() > 0
+        plpy.commit()
+        return bool(found)
+
+    return in_transaction

@@ -59,6 +59,7 @@ class Answer:
 
     def __init__(self) -> None:
         self.tag: bytes | None = None
+        self.tags = 0  # how many, as far as was read
         self.error: bytes | None = None
         self.row: bytes | None = None
         self.complete = False
@@ -73,6 +74,12 @@ class Answer:
             self.row = body
         elif kind == b"Z":
             self.complete = True
+
+    def without_error(self) -> Answer:
+        """The same, but as if it had ended well."""
+        answer = Answer()
+        answer.tag, answer.row, answer.complete = self.tag, self.row, self.complete
+        return answer
 
 
 class Position(NamedTuple):
@@ -94,6 +101,7 @@ def parse(window: bytes, answer: Answer) -> Position:
         kind, length = _HEADER.unpack_from(window, position)
         following = position + 1 + length
         if kind in _NEXT_STATEMENT and answer.error is None:
+            answer.tags += verdict is not None
             verdict = None
         if following > end:
             if kind == b"D" and verdict is None:
@@ -105,6 +113,7 @@ def parse(window: bytes, answer: Answer) -> Position:
             verdict = position
         position = following
         if kind == b"Z":
+            answer.tags += verdict is not None and answer.error is None
             return Position(position, 0)
     return Position(position if verdict is None else verdict, 0)
 
@@ -138,6 +147,7 @@ def last_answer(tail: bytes, groups_after: int = 0, tags_after: int = 0) -> Answ
     for kind, body in group:
         answer.take(kind, body)
     tags = [body.rstrip(b"\0") for kind, body in group if kind == b"C"]
+    answer.tags = len(tags)
     answer.tag = tags[-1 - tags_after] if len(tags) > tags_after else None
     return answer
 

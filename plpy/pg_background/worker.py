@@ -14,8 +14,16 @@ from . import messages, output_settings, wire
 from .backlog import Backlog, Item
 from .control import Control
 from .deadlock import Watch
-from .errors import ADMIN_SHUTDOWN, FEATURE_NOT_SUPPORTED, QUERY_CANCELED, BackgroundError, Report
+from .errors import (
+    ADMIN_SHUTDOWN,
+    CONNECTION_FAILURE,
+    FEATURE_NOT_SUPPORTED,
+    QUERY_CANCELED,
+    BackgroundError,
+    Report,
+)
 from .lexer import statement_count
+from .messages import TERMINATED, TIMED_OUT
 from .results import Column, TypeStyles, encode_rows
 from .server import READABLE, Server
 from .session import CLEAN_UP_ANSWERS, WorkerSession, backend_died, report_of
@@ -31,6 +39,8 @@ _KEY_BITS = 63
 PREVIEW_CHARACTERS = 120
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
 _TYPICAL_ROW_BYTES = 256
+
+_INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
 # psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
 _EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
@@ -99,6 +109,7 @@ class Worker:
         self.cancel_requested = False
         self.stop_message: str | None = None  # why, where the server does not know it
         self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
+        self._terminate_at: float | None = None  # the end of a cancel's grace, of time.monotonic()
         self.columns: tuple[Column, ...] | None = None
         self.command_tags: str | None = None  # of a job that returned no rows, one a line
         self.elapsed_ms = 0.0
@@ -109,6 +120,7 @@ class Worker:
         self._tags: list[bytes] = []
         self._chunk_tag = b""
         self._statements = 1
+        self._tags_seen = 0  # the probe's too
         self._ended_settings: Mapping[str, str] | None = None
         self._started = time.monotonic()
         self._writing = False  # the job has been sent in part
@@ -117,6 +129,8 @@ class Worker:
 
     def start(self) -> None:
         """Send the job, and tell the supervisor."""
+        if ";" in self.job.sql and self.job.parameters is None:
+            self._statements = statement_count(self.job.sql, self.configuration.standard_strings)
         if self.job.submitted:
             self._submit()
         else:
@@ -126,8 +140,6 @@ class Worker:
         """Several statements get one more, which tells the output settings that they end with."""
         self.started_settings = output_settings.inherited(self.configuration.output)
         sql = self.job.sql
-        if ";" in sql and self.job.parameters is None:
-            self._statements = statement_count(sql, self.configuration.standard_strings)
         connection = self.session.connection
         connection.notice_handler = self._take_notice
         encoded = self._server.encode(sql)
@@ -136,7 +148,7 @@ class Worker:
         if self.job.parameters is not None:
             connection.send_query_params(encoded, self.job.parameters)
         else:
-            connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._statements > 1 else encoded)
+            connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._probes else encoded)
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
         connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
         self.session.flush(self._tell_writing)
@@ -161,12 +173,15 @@ class Worker:
         """
         session = self.session
         extras = {
-            "probe": self._statements > 1,
+            "probe": self._probes,
+            "tags_of_commit": self._tags_of_commit,
             "clean_ups": CLEAN_UP_ANSWERS if self.job.submitted else 0,
             "timeout_ms": self.configuration.worker_timeout_ms,
             "started": self._started,
             "writing": self._writing,
             "again": again,
+            "canceled": self.cancel_requested,
+            "terminate_at": self._terminate_at,
             "unknown_position": again and (self.job.submitted or self.detached),
         }
         row = {
@@ -186,6 +201,16 @@ class Worker:
         }
         self._control.tell([messages.JOB, row, extras], session)
         self.announced = True
+
+    @property
+    def _probes(self) -> bool:
+        """Whether a statement of ours follows the job's, to tell the output settings that it ends with."""
+        return self._statements > 1 and not self.job.submitted
+
+    @property
+    def _tags_of_commit(self) -> int | None:
+        """With so many command tags the job has committed; None where its commit follows them."""
+        return None if self.job.parameters is not None else self._statements + self._probes
 
     @property
     def ended(self) -> bool:
@@ -217,7 +242,7 @@ class Worker:
         if self.read_elsewhere:
             self._control.hear()
         else:
-            self.pump(self.job.queue_size)
+            self.pump(_NO_LIMIT if self.cancel_requested else self.job.queue_size)
 
     def wait(self, deadline: float | None) -> bool:
         """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
@@ -335,6 +360,7 @@ class Worker:
         elif status in (_TUPLES_OK, _COMMAND_OK, _EMPTY_QUERY):
             if status == _TUPLES_OK:
                 self._take_rows(result)
+            self._tags_seen += status != _EMPTY_QUERY
             if status != _EMPTY_QUERY and len(self._tags) < self._statements:
                 # libpq gives the tag to the last chunk, if that was not full, and the end of the rows has none.
                 self._tags.append(result.command_status or self._chunk_tag)
@@ -352,7 +378,7 @@ class Worker:
         if position == self._statements - 1:
             if self.columns is None:
                 self.columns = self._columns_of(result)
-            if result.ntuples and not self.error and not self.cancel_requested:
+            if result.ntuples and not self.error:
                 try:
                     for rows in encode_rows(result, self.columns):
                         self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
@@ -392,9 +418,9 @@ class Worker:
         """The job is over: commit or rollback has happened. The supervisor need not find out by itself."""
         if self.ended:
             return
-        if self.error is not None and self.error.sqlstate in (QUERY_CANCELED, ADMIN_SHUTDOWN):
+        if self.error is not None and self.error.sqlstate in _INTERRUPTED:
             self._control.hear()  # of a cancel that another session asked for
-            self._explain_timeout()
+            self.error = self._explained(self.error)
         if self.error is None and self.columns is None:
             self.command_tags = "\n".join(map(self._server.decode, self._tags))
         self._set_ended()
@@ -430,15 +456,28 @@ class Worker:
         )
         return {name: value for name, value in changes.items() if value is not None}
 
-    def _explain_timeout(self) -> None:
-        """A timeout of ours ends a worker by a cancel, of which the server does not know why it came."""
-        if self.stop_message is not None and self.error is not None:
-            self.error = replace(self.error, message=self.stop_message)
-            return
-        over = (time.monotonic() - self._started) * 1000 >= self.configuration.worker_timeout_ms > 0
-        if over and not self.cancel_requested and self.error is not None:
-            message = "canceling background worker due to pg_background.worker_timeout"
-            self.error = replace(self.error, sqlstate=QUERY_CANCELED, message=message)
+    def _explained(self, report: Report) -> Report | None:
+        """What stopped the job, of which the server knows no more than that somebody did; None: it had committed.
+
+        A signal that arrives during the commit can become an error after it, where the server logs durations.
+        """
+        if self._tags_of_commit is not None and self._tags_seen >= self._tags_of_commit:
+            return None
+        if self.stop_message is not None:
+            return replace(report, message=self.stop_message)
+        now = time.monotonic()
+        timed_out = (now - self._started) * 1000 >= self.configuration.worker_timeout_ms > 0
+        if timed_out and not self.cancel_requested:
+            return replace(report, sqlstate=QUERY_CANCELED, message=TIMED_OUT, hint=None, detail=None)
+        if report.sqlstate == CONNECTION_FAILURE and self._terminate_at is not None and now >= self._terminate_at:
+            return replace(report, sqlstate=ADMIN_SHUTDOWN, message=TERMINATED, hint=None, detail=None)
+        return report
+
+    def on_canceling(self, grace_ms: int | None) -> None:
+        """A session has asked it to stop, and the supervisor sends, or has sent, signals."""
+        self.cancel_requested = self.signaled = True
+        if grace_ms is not None:
+            self._terminate_at = time.monotonic() + grace_ms / 1000
 
     def _was_canceled(self) -> bool:
         """Whether our cancel ended it: 57014, or 57P01 after the grace."""
