@@ -30,7 +30,7 @@ def job(session: Session, statement: str, columns: str = "v text") -> list[Any]:
     """Runs it in a worker, and returns the rows."""
     pid, cookie = session.rows("SELECT pid, cookie FROM public.pg_background_launch_v2(%s)", (statement,))[0]
     return session.rows(
-        f"SELECT * FROM public.pg_background_result_v2(%s, %s) AS r({columns})",  # type: ignore[arg-type]
+        f"SELECT * FROM public.pg_background_result_v2(%s, %s) AS r({columns})",
         (pid, cookie),
     )
 
@@ -227,8 +227,8 @@ def test_no_set_reset_or_discard_leads_back(alice: Session) -> None:
         for string in (f"{way}; {WHO}", f"{quiet}; {WHO}"):
             try:
                 assert job(alice, string, WHO_COLUMNS) == identified(alice.info.user), way
-            except psycopg.Error as error:
-                assert error.sqlstate in ("55P02", "25001"), (way, error)
+            except (psycopg.errors.CantChangeRuntimeParam, psycopg.errors.ActiveSqlTransaction):
+                continue
 
 
 @ALL_LOCAL
@@ -241,9 +241,10 @@ def test_rights_of_the_login_role_are_gone(alice: Session) -> None:
         if way.startswith(_TOP_LEVEL):
             continue
         caught = (
-            "DO $do$ BEGIN BEGIN EXECUTE %s; RAISE 'it worked' USING ERRCODE = 'XX001';"
+            f"DO $do$ BEGIN BEGIN EXECUTE {sql.Literal(way).as_string(None)};"
+            " RAISE 'it worked' USING ERRCODE = 'XX001';"
             " EXCEPTION WHEN insufficient_privilege OR cant_change_runtime_param THEN NULL; END; END $do$; "
-        ) % sql.Literal(way).as_string(None)
+        )
         assert job(alice, caught + WHO, WHO_COLUMNS) == identified(alice.info.user), way
 
 
@@ -274,10 +275,9 @@ def test_parallel_workers_of_a_worker_are_the_role_too(connect: Connect, role: N
     for new in (role("alice"), role("group", login=False)):
         session = connect()
         session.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(new)))
-        session.execute(f"SET {name} = 'on'")  # type: ignore[arg-type]
+        session.execute(f"SET {name} = 'on'")
         who = (
-            "SELECT concat_ws('|', CURRENT_USER, SESSION_USER, current_setting('is_superuser'), count(*))"
-            " FROM pg_class"
+            "SELECT concat_ws('|', CURRENT_USER, SESSION_USER, current_setting('is_superuser'), count(*)) FROM pg_class"
         )
         assert job(session, who) == [(f"{new}|{new}|off|" + str(session.value("SELECT count(*) FROM pg_class")),)]
         plan = "\n".join(line for (line,) in job(session, "EXPLAIN (COSTS off) SELECT CURRENT_USER"))
@@ -295,7 +295,7 @@ def test_row_security_on_session_user_sees_the_role(alice: Session, conn: Sessio
     )
     table = sql.Identifier(schema).as_string(None) + ".guarded"
     assert job(alice, f"SELECT owner::text FROM {table}") == [(schema,)]
-    assert job(alice, f"SET row_security = off; SELECT current_user::text") == [(schema,)]
+    assert job(alice, "SET row_security = off; SELECT current_user::text") == [(schema,)]
     with sqlstate("42501"):
         job(alice, f"SET row_security = off; SELECT owner::text FROM {table}")
 
@@ -353,16 +353,14 @@ def test_exit_on_error_is_as_it_was(alice: Session) -> None:
 # --- settings: what could run code or keep the switch from happening --------------------------------
 
 
-def test_placeholder_of_an_ordinary_role_is_not_trusted_as_code(
-    connect: Connect, role: NewRole, perl: None
-) -> None:
+def test_placeholder_of_an_ordinary_role_is_not_trusted_as_code(connect: Connect, role: NewRole, perl: None) -> None:
     """The code would run as the server's OS user when the worker calls somebody's plperlu function."""
     alice = role("alice")
     for language, call in (("plperlu", "unrestricted"), ("plperl", "restricted")):
         by_options = connect(alice, parameters={"options": f"-c plperl.on_{language}_init=die\\ 7;"})
         by_set = connect(alice, **{f"plperl.on_{language}_init": "die 7;"})
         set_since = connect(alice, parameters={"options": f"-c plperl.on_{language}_init=die\\ 7;"})
-        set_since.execute(f"SET plperl.on_{language}_init = 'die 8;'")  # type: ignore[arg-type]
+        set_since.execute(f"SET plperl.on_{language}_init = 'die 8;'")
         for session in (by_options, by_set, set_since):
             assert session.value("SELECT current_setting(%s)", (f"plperl.on_{language}_init",)).startswith("die ")
             assert value(session, f"public.{call}()") == "called"
@@ -442,19 +440,16 @@ def test_settings_of_a_hostile_database_owner_do_not_bend_the_switch(
     sessions = [connect(bob), connect(owner), connect()]
     sessions[0].execute("SELECT 1")
     mine = connect(owner)
-    mine.execute(
-        sql.SQL("CREATE SCHEMA evil; CREATE FUNCTION evil.f() RETURNS int LANGUAGE sql AS 'SELECT 1'")
-    )
+    mine.execute(sql.SQL("CREATE SCHEMA evil; CREATE FUNCTION evil.f() RETURNS int LANGUAGE sql AS 'SELECT 1'"))
     mine.execute("CREATE FUNCTION evil.current_setting(text) RETURNS text LANGUAGE sql AS $$ SELECT 1/0 $$")
     login = pwd.getpwuid(os.geteuid()).pw_name if cluster.executor else conn.info.user
     chosen = setting.format(login=sql.Literal(login).as_string(None), owner=sql.Literal(owner).as_string(None))
     command = sql.SQL("ALTER DATABASE {} SET " + chosen).format(sql.Identifier(fresh_database))
     try:
         mine.execute(command)
-    except psycopg.Error as error:
-        if error.sqlstate == "42704":
-            pytest.skip("this version has no such setting")
-        assert error.sqlstate == "42501"
+    except psycopg.errors.UndefinedObject:
+        pytest.skip("this version has no such setting")
+    except psycopg.errors.InsufficientPrivilege:
         conn.execute(command)
     try:
         for session in sessions:
@@ -505,7 +500,10 @@ def test_settings_made_at_the_connection_do_not_stop_a_launch(connect: Connect, 
 
 
 @pytest.mark.parametrize("name", ["my.setting", "My.Setting", "a_.b$1", "pg_backgroundx.y"])
-@pytest.mark.parametrize("chosen", ["plain", "", "quo'te", 'dou"ble', "back\\slash", "$switch$", "new\nline\r\ttab", "ünï ☃", "x" * 20000])
+@pytest.mark.parametrize(
+    "chosen",
+    ["plain", "", "quo'te", 'dou"ble', "back\\slash", "$switch$", "new\nline\r\ttab", "ünï ☃", "x" * 20000],
+)
 def test_placeholders_travel_exactly(alice: Session, name: str, chosen: str) -> None:
     alice.execute("SELECT set_config(%s, %s, false)", (name, chosen))
     found = value(alice, f"current_setting({sql.Literal(name).as_string(None)})")
@@ -518,7 +516,9 @@ def test_own_settings_do_not_travel_in_any_spelling(alice: Session) -> None:
 
 
 def test_many_placeholders_travel(alice: Session) -> None:
-    alice.execute("DO $$ BEGIN FOR i IN 1..2500 LOOP PERFORM set_config('my.p' || i, 'value ' || i, false); END LOOP; END $$")
+    alice.execute(
+        "DO $$ BEGIN FOR i IN 1..2500 LOOP PERFORM set_config('my.p' || i, 'value ' || i, false); END LOOP; END $$"
+    )
     assert value(alice, "current_setting('my.p1') || '|' || current_setting('my.p2500')") == "value 1|value 2500"
 
 
@@ -574,7 +574,8 @@ def test_system_user_is_the_launchers_in_parallel_workers_too(
 ) -> None:
     if major(conn) < 16:
         pytest.skip("SYSTEM_USER came with 16")
-    for session in (alice, conn, connect(role("chief", superuser=True))):
+    # A superuser who is the login role itself keeps that login's: nothing is switched.
+    for session in (alice, connect(role("chief", superuser=True))):
         own = session.value("SELECT SYSTEM_USER")
         for parallel in ("off", "on"):
             session.execute(f"SET debug_parallel_query = {parallel}")  # type: ignore[arg-type]
@@ -599,9 +600,7 @@ def test_connection_limit_of_the_role_holds_for_workers(conn: Session, connect: 
     assert job(session, WHO, WHO_COLUMNS) == identified(alice)
 
 
-def test_connection_limit_of_the_database_holds_for_workers(
-    conn: Session, alice: Session, fresh_database: str
-) -> None:
+def test_connection_limit_of_the_database_holds_for_workers(conn: Session, alice: Session, fresh_database: str) -> None:
     """Superusers are not held to it, as ever."""
     limit = sql.SQL("ALTER DATABASE {} CONNECTION LIMIT {}")
     conn.execute(limit.format(sql.Identifier(fresh_database), sql.Literal(2)))
@@ -686,9 +685,7 @@ def _is_refused(cluster: Cluster, owner: str) -> bool:
 
 
 @pytest.mark.parametrize("signal", ["pg_terminate_backend", "pg_cancel_backend"])
-def test_worker_lost_in_the_middle_of_its_set_up(
-    alice: Session, conn: Session, connect: Connect, signal: str
-) -> None:
+def test_worker_lost_in_the_middle_of_its_set_up(alice: Session, conn: Session, connect: Connect, signal: str) -> None:
     """The set-up waits for pg_db_role_setting or pg_authid, wherever it is then."""
     for catalog in ("pg_authid", "pg_proc", "pg_db_role_setting"):
         job(alice, "SELECT 1::text")
@@ -708,9 +705,7 @@ def _lose_worker(alice: Session, conn: Session, locker: Session, catalog: str, s
         else:
             outcome.append(None)
 
-    blocked = (
-        "SELECT l.pid FROM pg_locks l WHERE NOT l.granted AND l.pid <> %s AND l.relation = %s::regclass"
-    )
+    blocked = "SELECT l.pid FROM pg_locks l WHERE NOT l.granted AND l.pid <> %s AND l.relation = %s::regclass"
     relation = conn.value("SELECT %s::regclass::oid", (catalog,))
     with locker.transaction():
         locker.execute(f"LOCK TABLE pg_catalog.{catalog} IN ACCESS EXCLUSIVE MODE")  # type: ignore[arg-type]
@@ -763,7 +758,8 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
             alice.execute(
                 f"CREATE FUNCTION {schema}.{name}({left}, {right}) RETURNS {returned} LANGUAGE plpgsql AS"  # type: ignore[arg-type]
                 f" $$ BEGIN INSERT INTO {schema}.touched VALUES ($f${operator} {pair}$f$); RETURN NULL; END $$;"
-                f"CREATE OPERATOR {schema}.{operator} (FUNCTION = {schema}.{name}, LEFTARG = {left}, RIGHTARG = {right})"
+                f"CREATE OPERATOR {schema}.{operator}"
+                f" (FUNCTION = {schema}.{name}, LEFTARG = {left}, RIGHTARG = {right})"
             )
     for relation in ("pg_roles", "pg_authid", "pg_extension", "pg_depend", "pg_proc", "pg_settings", "pg_database"):
         alice.execute(f"CREATE VIEW {schema}.{relation} AS SELECT 1/0 AS oid")  # type: ignore[arg-type]
@@ -773,9 +769,7 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
             f" CHECK (pg_catalog.length(VALUE) OPERATOR(pg_catalog.<) 0)"
         )
     victim = connect()
-    victim.execute(
-        "SELECT pg_catalog.set_config('search_path', %s, false)", (f"{schema}, pg_catalog, pg_temp",)
-    )
+    victim.execute("SELECT pg_catalog.set_config('search_path', %s, false)", (f"{schema}, pg_catalog, pg_temp",))
     launch = "SELECT pid, cookie FROM public.pg_background_launch_v2(%s)"
     handle = victim.rows(launch, ("SELECT 1::pg_catalog.int4, 'x'::pg_catalog.text",))[0]
     victim.rows("SELECT * FROM public.pg_background_list_v2() AS w(pid pg_catalog.int4, cookie pg_catalog.int8,"
@@ -791,8 +785,7 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
             result,  # type: ignore[arg-type]
             victim.rows(
                 launch,
-                ("CREATE TEMP TABLE t (a pg_catalog.int4 PRIMARY KEY);"
-                 " DO $$ BEGIN INSERT INTO t VALUES (1), (1); END $$",),
+                ("CREATE TEMP TABLE t (a pg_catalog.int4 PRIMARY KEY); INSERT INTO t VALUES (1), (1)",),
             )[0],
         )  # fmt: skip
     with sqlstate("42704"):
@@ -826,24 +819,27 @@ INTERNAL_CALLS = [
     "_pg_background_checked('!')",
     "_pg_background_checked('!{}')",
     "_pg_background_checked('![]')",
-    "_pg_background_checked('!{\"sqlstate\": \"nonsense\", \"message\": \"x\"}')",
+    '_pg_background_checked(\'!{"sqlstate": "nonsense", "message": "x"}\')',
     "_pg_background_checked(NULL)",
     "_pg_background_raise('{}')",
-    "_pg_background_raise('{\"sqlstate\": \"00000\", \"message\": \"x\", \"table_name\": \"\"}')",
+    '_pg_background_raise(\'{"sqlstate": "00000", "message": "x", "table_name": ""}\')',
 ]
 
 
 @pytest.mark.parametrize("call", INTERNAL_CALLS)
 def test_internal_functions_withstand_made_up_arguments(alice: Session, call: str) -> None:
+    raised: psycopg.Error | None = None
+    rows = []
     try:
         rows = alice.rows(f"SELECT public.{call}")  # type: ignore[arg-type]
     except psycopg.Error as error:
-        # Those two cannot reply with a report; nobody calls them so but by hand.
-        bare = call.startswith(("_pg_background_batches", "_pg_background_close_result"))
-        assert bare or "Traceback" not in str(error)
-        assert bare or error.sqlstate not in ("XX000", "38000"), error
-    else:
-        assert all(row[0] is None or row[0].startswith("!") for row in rows)
+        raised = error
+    # These two cannot reply with a report; nobody calls them so but by hand.
+    bare = call.startswith(("_pg_background_batches", "_pg_background_close_result"))
+    if raised is not None and not bare:
+        assert "Traceback" not in str(raised)
+        assert raised.sqlstate not in ("XX000", "38000"), raised
+    assert all(row[0] is None or row[0].startswith("!") for row in rows)
     assert job(alice, WHO, WHO_COLUMNS) == identified(alice.info.user)
 
 
