@@ -432,6 +432,7 @@ API: tuple[Function, ...] = (
 INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_raise", ("jsonb",), "raises the error that a report of the runtime describes."),
     Internal("_pg_background_checked", ("text",), "passes a reply of the runtime on, or raises the error it reports."),
+    Internal("_pg_background_refused", ("text",), "raises the error of a reply that is not NULL."),
     Internal("_pg_background_launch", ("text", "int4"), "starts a worker; reply: its handle."),
     Internal(
         "_pg_background_start",
@@ -457,10 +458,10 @@ INTERNAL: tuple[Internal, ...] = (
     ),
     Internal(
         "_pg_background_run_query",
-        ("text", "int4", "int4", "text", "text"),
+        ("text", "text", "int4", "int4", "text", "text"),
         "starts a worker that is read at once; reply: its pid and cookie.",
     ),
-    Internal("_pg_background_abandon", ("int4", "int8"), "cancels a worker that was to be read at once, if it is there."),
+    Internal("_pg_background_abandon", ("text",), "cancels a worker that was to be read at once, if it is there."),
     Internal("_pg_background_told", ("text", "int4", "int8"), "reply: what a worker's outcome, say, is, as JSON."),
     Internal(
         "_pg_background_open_as",

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import socket
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 from . import messages
-from .errors import INTERNAL_ERROR, BackgroundError, background_error
+from .errors import INSUFFICIENT_RESOURCES, INTERNAL_ERROR, BackgroundError, background_error
 from .inheritance import startup_options
 from .loopback import Loopback
 from .server import READABLE, WRITABLE, Server
@@ -23,6 +26,7 @@ _MODULES = (
     "bootstrap",
     "messages",
     "process",
+    "progress",
     "store",
     "supervisor",
     "supervisor_main",
@@ -35,7 +39,7 @@ _OPTIONS = {
     b"role": b"none",
     b"search_path": b"pg_catalog",
     b"statement_timeout": b"0",
-    b"lock_timeout": b"0",
+    b"lock_timeout": b"100ms",  # whoever locks its table must not stop it for long
     b"idle_in_transaction_session_timeout": b"0",
     b"idle_session_timeout": b"0",
     b"client_connection_check_interval": b"0",
@@ -93,6 +97,7 @@ class Control:
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
         self._moved = False
+        self._connections = 0  # so far
         self.listener: Listener | None = None
 
     @property
@@ -104,12 +109,25 @@ class Control:
         """Connect to the database's supervisor, which this starts where there is none."""
         if self._socket is not None and not self._moved:
             return
+        connection = self._connection()
+        old, self._socket, self._moved = self._socket, connection, False
+        self._connections += 1
+        self.connections += 1
+        try:
+            if old is not None:
+                self._leave(old)
+            if self.listener is not None:
+                self.listener.hand_over_again()
+        except BaseException:
+            self._drop()  # the next call does it all again
+            raise
+
+    def _connection(self) -> socket.socket:
         deadline = time.monotonic() + _START_TIMEOUT_S
-        old, self._socket, self._moved = self._socket, None, False
         while True:
             connection = self._connect() or self._start_and_connect(deadline)
             if connection is not None:
-                break
+                return connection
             if time.monotonic() > deadline:
                 raise background_error(
                     INTERNAL_ERROR,
@@ -117,12 +135,6 @@ class Control:
                     hint="See the server log. Its backend shows as "
                     f"'{APPLICATION_NAME}' in pg_stat_activity; pg_terminate_backend() makes room for another.",
                 )
-        self._socket = connection
-        self.connections += 1
-        if self.listener is not None:
-            self.listener.hand_over_again()
-        if old is not None:
-            self._leave(old)
 
     def tell(self, message: list[Any], about: WorkerSession | None = None) -> None:
         """Send a message. A supervisor that is gone is replaced first, and told of everything else.
@@ -132,18 +144,26 @@ class Control:
         while True:
             self.ensure()
             assert self._socket is not None
-            unknown = about is not None and not about.known_to_supervisor
+            unknown = about is not None and about.known_to_supervisor != self._connections
             try:
                 messages.send(self._socket, message, about.connection.socket if about and unknown else None)
             except BlockingIOError:
                 self._server.wait_for(((self._socket.fileno(), WRITABLE | READABLE),), None)
                 self.hear()
             except OSError:
+                self.hear()  # what it still had to say
                 self._drop()
             else:
                 if about is not None:
-                    about.known_to_supervisor = True
+                    about.known_to_supervisor = self._connections
                 return
+
+    def report_end(self, message: list[Any]) -> None:
+        """Tell of a job's end. Where no supervisor can be had, others will see that job as lost: no harm to it."""
+        try:
+            self.tell(message)
+        except BackgroundError:
+            self._drop()
 
     def tell_if_connected(self, message: list[Any]) -> None:
         """Send what only a supervisor that is there needs to know."""
@@ -153,6 +173,7 @@ class Control:
             except BlockingIOError:
                 self.tell(message)
             except OSError:
+                self.hear()
                 self._drop()
 
     def ask(self, kind: str, *arguments: Any, wait_for: WaitFor | None = None) -> Any:
@@ -228,6 +249,12 @@ class Control:
         if self._socket is None or self._moved:
             self.ensure()
 
+    def replace_if_gone(self) -> None:
+        """As hear_or_replace, for a wait that can go on without a supervisor."""
+        if self._socket is None or self._server.is_readable(self._socket.fileno()):
+            with suppress(BackgroundError):
+                self.hear_or_replace()
+
     def close(self) -> None:
         """Leave the supervisor."""
         self._drop()
@@ -242,6 +269,13 @@ class Control:
             self._replies[arguments[0]] = arguments[1]
         elif kind == messages.MOVED:
             self._moved = True
+        elif kind == messages.NO_DESCRIPTOR:
+            self._drop()
+            raise background_error(
+                INSUFFICIENT_RESOURCES,
+                "the supervisor of background workers is out of file descriptors",
+                hint="Release workers, or raise the server's limit on open files (ulimit -n, LimitNOFILE).",
+            )
 
     def _drop(self) -> None:
         if self._socket is not None:
@@ -249,18 +283,34 @@ class Control:
             self._socket = None
 
     def _leave(self, old: socket.socket) -> None:
-        """Tell a supervisor that made room that its successor has everything; hear what it still had to say."""
-        try:
-            messages.send(old, [messages.MOVED_ON])
-            while True:
-                received = messages.receive(old)
-                if received is None:
-                    break
-                self._take(received.message)
-        except (OSError, messages.ProtocolError):
-            pass  # gone already, or nothing more to hear
-        finally:
-            old.close()
+        """Make a supervisor that made room let go of this session's workers; hear what it still had to say.
+
+        Only then may its successor read their sockets.
+        """
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        with old:
+            if self._say(old, [messages.MOVED_ON], deadline):
+                while self._server.wait_for(((old.fileno(), READABLE),), deadline):
+                    try:
+                        received = messages.receive(old)
+                    except (OSError, messages.ProtocolError):
+                        return
+                    if received is None:
+                        return
+                    self._take(received.message)
+
+    def _say(self, connection: socket.socket, message: list[Any], deadline: float) -> bool:
+        """Whether the message could be sent."""
+        while True:
+            try:
+                messages.send(connection, message)
+            except BlockingIOError:
+                if not self._server.wait_for(((connection.fileno(), WRITABLE),), deadline):
+                    return False
+            except OSError:
+                return True  # what it said before it went is still there to hear
+            else:
+                return True
 
     def _connect(self) -> socket.socket | None:
         """A connection on which the supervisor has said welcome; None where there is none for us."""
@@ -285,7 +335,13 @@ class Control:
 
     def _start_and_connect(self, deadline: float) -> socket.socket | None:
         """Start a supervisor; where another session was faster, wait until its one listens."""
-        if not self._start():
+        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+        starting = os.open(self._path + ".start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            started = _lock(starting) and self._start()
+        finally:
+            os.close(starting)
+        if not started:
             self._server.wait_for((), min(deadline, time.monotonic() + _RETRY_S))
         return self._connect()
 
@@ -346,3 +402,12 @@ class Control:
                 " or create the extension anew.",
             )
         return int(found[0]["oid"])
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this session may start a supervisor; False while another one does."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -14,6 +14,8 @@ import socket
 import struct
 from typing import Any, NamedTuple
 
+from . import progress
+
 # session -> supervisor
 HELLO = "hello"  # digest of the sender's runtime
 JOB = "job"  # row of the job (see store.COLUMNS), extras; with the worker's socket, once for each connection
@@ -27,11 +29,14 @@ WAIT = "wait"  # request, pid, cookie -> REPLY when it has ended, with the row o
 WAITS_FOR = "waits for"  # request, worker pid -> REPLY with all such [session pid, worker pid]; null, null: no more
 FORGET = "forget"  # request: its WAIT has been given up
 CANCEL = "cancel"  # request, pid, cookie, grace in ms or null -> REPLY at once
-SYNC = "sync"  # request -> REPLY once all that is known stands in the table
 
-# worker -> supervisor
-AM_I_WORKER = "worker?"  # request -> REPLY true or false
-PROGRESS = "progress"  # percent, message
+# worker -> supervisor: defined where they are sent from, as that module stands alone
+AM_I_WORKER = progress.AM_I_WORKER
+PROGRESS = progress.PROGRESS
+socket_path = progress.socket_path
+
+# supervisor -> the supervisor that came after it
+RECORD = "record"  # row that the sender cannot write any more
 
 # supervisor -> session
 WELCOME = "welcome"
@@ -39,6 +44,7 @@ OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes ro
 ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
 CANCELING = "canceling"  # worker pid, key, grace in ms or null: another session has asked the worker to stop
 MOVED = "moved"  # another supervisor will take over: connect anew
+NO_DESCRIPTOR = "no descriptor"  # this supervisor may not open more files; the connection ends
 REPLY = "reply"  # request, value
 
 # What both ends say of a job that the server was made to stop.
@@ -46,6 +52,7 @@ TIMED_OUT = "canceling background worker due to pg_background.worker_timeout"
 TERMINATED = "the background worker was terminated, as it had not stopped within the grace period of its cancel"
 
 _MAX_BYTES = 1 << 17
+_SHORTENED_CHARACTERS = 500  # of each text in a message that is longer than that
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -53,19 +60,15 @@ class ProtocolError(Exception):
     """A packet that is no message."""
 
 
+class DescriptorsLostError(ProtocolError):
+    """The receiving process may not open as many files as were sent."""
+
+
 class Received(NamedTuple):
     """A message and the descriptors that came with it."""
 
     message: list[Any]
     descriptors: tuple[int, ...]
-
-
-def socket_path(database_oid: int) -> str:
-    """The control socket of a database's supervisor, relative to the data directory, where backends run.
-
-    In the folder and with the prefix of the server's temporary files, which a restart removes.
-    """
-    return f"base/pgsql_tmp/pgsql_tmp_pg_background.{database_oid}"
 
 
 def control_socket() -> socket.socket:
@@ -83,6 +86,8 @@ def peer_pid(connection: socket.socket) -> int:
 def send(connection: socket.socket, message: list[Any], descriptor: int | None = None) -> None:
     """Send a message whole. BlockingIOError where it would wait, OSError where nobody is there."""
     packet = json.dumps(message, separators=(",", ":")).encode()
+    if len(packet) > _MAX_BYTES:
+        packet = json.dumps(_shortened(message), separators=(",", ":")).encode()
     if descriptor is None:
         connection.send(packet, socket.MSG_NOSIGNAL)
     else:
@@ -90,11 +95,21 @@ def send(connection: socket.socket, message: list[Any], descriptor: int | None =
         connection.sendmsg([packet], [rights], socket.MSG_NOSIGNAL)
 
 
+def _shortened(value: Any) -> Any:
+    if isinstance(value, str):
+        return value[:_SHORTENED_CHARACTERS]
+    if isinstance(value, dict):
+        return {name: _shortened(part) for name, part in value.items()}
+    return [_shortened(part) for part in value] if isinstance(value, list) else value
+
+
 def receive(connection: socket.socket) -> Received | None:
     """The next message; None when the other end is gone. BlockingIOError when there is none yet."""
-    packet, ancillary, flags, _ = connection.recvmsg(
-        _MAX_BYTES, socket.CMSG_SPACE(4 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC
-    )
+    try:
+        packet, ancillary, flags, _ = _receive_packet(connection)
+    except ConnectionResetError:
+        # Told once, before what lies unread, where the other end closed with something unread.
+        packet, ancillary, flags, _ = _receive_packet(connection)
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
@@ -102,11 +117,19 @@ def receive(connection: socket.socket) -> Received | None:
     if not packet:
         return None
     try:
+        if flags & socket.MSG_CTRUNC:
+            raise DescriptorsLostError("descriptors lost")
         message = json.loads(packet)
-        if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(message, list) or not message:
+        if flags & socket.MSG_TRUNC or not isinstance(message, list) or not message:
             raise ProtocolError("truncated, or no array")
     except (ValueError, ProtocolError) as error:
         for descriptor in descriptors:
             os.close(descriptor)
+        if isinstance(error, ProtocolError):
+            raise
         raise ProtocolError(str(error)) from error
     return Received(message, tuple(descriptors))
+
+
+def _receive_packet(connection: socket.socket) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
+    return connection.recvmsg(_MAX_BYTES, socket.CMSG_SPACE(4 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC)

@@ -1,100 +1,143 @@
 """The worker's side of progress: a message to the supervisor, which knows the sender by its process.
 
-Runs in the worker's own open transaction and needs neither a second connection nor psycopg.
+Runs in the worker's own open transaction and needs neither a second connection nor psycopg. A first report must be
+quick in a fresh backend, so this module stands alone, without an importer, and imports only what is built in.
 """
 
 from __future__ import annotations
 
-import ctypes
-import errno
-import os
-import socket
+import _socket  # importing socket, json or ctypes takes longer than all the rest of a first report
+import select
 import time
-from collections.abc import Callable
-from typing import Any
+from _json import encode_basestring_ascii
 
-from . import messages
-from .errors import FEATURE_NOT_SUPPORTED, NULL_VALUE_NOT_ALLOWED, Report
+TYPE_CHECKING = False  # as typing's, which takes as long
+if TYPE_CHECKING:
+    from typing import Any, Callable
+
+# worker -> supervisor, see messages.py
+AM_I_WORKER = "worker?"  # request -> REPLY true or false
+PROGRESS = "progress"  # percent, message, time.monotonic() of the report
 
 _MAX_CHARACTERS = 1000
 _ANSWER_TIMEOUT_S = 10.0
+_SLICE_S = 0.1  # interrupts are handled at least so often
+_RETRY_S = 0.001
+_MAX_ANSWER_BYTES = 1000
+_SEND_FLAGS = _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT
+
+_NULL_PERCENT = '!{"sqlstate": "22004", "message": "the progress of a background worker must not be null"}'
+_NO_WORKER = (
+    '!{"sqlstate": "0A000", "message": "pg_background_progress can be called by a background worker only",'
+    ' "hint": "Call it from the SQL that pg_background_launch_v2 or pg_background_submit_v2 runs."}'
+)
+
+
+def socket_path(database_oid: int) -> str:
+    """The control socket of a database's supervisor, relative to the data directory, where backends run.
+
+    In the folder and with the prefix of the server's temporary files, which a restart removes.
+    """
+    return f"base/pgsql_tmp/pgsql_tmp_pg_background.{database_oid}"
 
 
 class Runtime:
     """What pg_background_progress needs, in one backend."""
 
-    def __init__(self, plpy: Any, memory: dict[str, Any], key: str, read_source: Callable[[str], str]) -> None:
-        del memory, key, read_source
+    def __init__(self, plpy: Any) -> None:
         self._plpy = plpy
-        self._path = messages.socket_path(ctypes.c_uint32.in_dll(ctypes.PyDLL(None), "MyDatabaseId").value)
-        self._connection: socket.socket | None = None
+        oid = plpy.execute(
+            "SELECT d.oid FROM pg_catalog.pg_database d"
+            " WHERE d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
+        )[0]["oid"]
+        self._path = socket_path(oid)
+        self._send: Callable[[bytes, int], int] | None = None
+        self._connection: _socket.socket | None = None
         self._was_worker = False
 
-    def retire(self) -> None:
-        """Another runtime takes over."""
-        self._drop()
-
-    def progress(self, percent: int | None, text: str | None) -> str:
-        """Report; the reply is empty or, outside of a worker, an error."""
+    def progress(self, percent: int | None, text: str | None) -> str | None:
+        """Report; the reply is None or an error for _pg_background_checked."""
         if percent is None:
-            return (
-                "!" + Report(NULL_VALUE_NOT_ALLOWED, "the progress of a background worker must not be null").to_json()
-            )
-        message = [messages.PROGRESS, max(0, min(100, percent)), None if text is None else text[:_MAX_CHARACTERS]]
-        for _ in range(2):  # a supervisor may have gone, and another come
-            if self._connection is None and not self._connect():
-                break
+            return _NULL_PERCENT
+        percent = 0 if percent < 0 else min(percent, 100)
+        quoted = "null" if text is None else encode_basestring_ascii(text[:_MAX_CHARACTERS])
+        packet = f'["{PROGRESS}",{percent},{quoted},{time.monotonic()!r}]'.encode()
+        if self._send is not None:
             try:
-                self._send(message)
+                self._send(packet, _SEND_FLAGS)
+            except OSError:
+                pass  # its queue is full, or it has gone
+            else:
+                return None
+        return self._report_patiently(packet)
+
+    def _report_patiently(self, packet: bytes) -> str | None:
+        """Wait for room in the supervisor's queue; where it has gone, find another."""
+        deadline = time.monotonic() + _ANSWER_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._connection is None and not self._connect(deadline):
+                break
+            assert self._send is not None
+            try:
+                self._send(packet, _SEND_FLAGS)
+            except BlockingIOError:
+                self._wait_until(select.POLLOUT)
             except OSError:
                 self._drop()
             else:
-                return ""
-        if self._was_worker:
-            return ""  # nobody listens at the moment; the next report finds the next supervisor
-        return (
-            "!"
-            + Report(
-                FEATURE_NOT_SUPPORTED,
-                "pg_background_progress can be called by a background worker only",
-                hint="Call it from the SQL that pg_background_launch_v2 or pg_background_submit_v2 runs.",
-            ).to_json()
-        )
+                return None
+        # A worker whose supervisor has gone: the next report finds the next supervisor.
+        return None if self._was_worker else _NO_WORKER
 
-    def _connect(self) -> bool:
+    def _connect(self, deadline: float) -> bool:
         """Whether a supervisor is there, and knows this backend as a worker."""
-        connection = messages.control_socket()
-        try:
-            connection.settimeout(_ANSWER_TIMEOUT_S)
-            connection.connect(self._path)
-            messages.send(connection, [messages.AM_I_WORKER, 1])
-            received = messages.receive(connection)
-        except (OSError, messages.ProtocolError):
-            received = None
-        if received is None or received.message[2] is not True:
-            connection.close()
-            return False
+        connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         connection.setblocking(False)
         self._connection = connection
+        try:
+            known = self._is_known(connection, deadline)
+        except OSError:
+            known = False
+        except BaseException:
+            self._drop()
+            raise
+        if not known:
+            self._drop()
+            return False
+        self._send = connection.send
         self._was_worker = True
         return True
 
-    def _send(self, message: list[Any]) -> None:
-        assert self._connection is not None
-        try:
-            messages.send(self._connection, message)
-        except BlockingIOError:
-            self._wait_until_writable(time.monotonic() + _ANSWER_TIMEOUT_S)
-            messages.send(self._connection, message)
+    def _is_known(self, connection: _socket.socket, deadline: float) -> bool:
+        while True:
+            try:
+                connection.connect(self._path)
+            except BlockingIOError:  # many connect at this moment
+                if time.monotonic() > deadline:
+                    raise
+                self._handle_interrupts()
+                select.poll().poll(_RETRY_S * 1000)
+            else:
+                break
+        connection.send(f'["{AM_I_WORKER}",1]'.encode(), _SEND_FLAGS)
+        while time.monotonic() < deadline:
+            if self._wait_until(select.POLLIN):
+                return connection.recv(_MAX_ANSWER_BYTES).endswith(b",true]")
+        return False
 
-    def _wait_until_writable(self, deadline: float) -> None:
-        from .server import WRITABLE, Server
-
+    def _wait_until(self, event: int) -> bool:
+        """Whether the connection is ready within a slice."""
         assert self._connection is not None
-        if not Server(self._plpy).wait_for(((self._connection.fileno(), WRITABLE),), deadline):
-            raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        poll = select.poll()
+        poll.register(self._connection.fileno(), event)
+        self._handle_interrupts()
+        return bool(poll.poll(_SLICE_S * 1000))
+
+    def _handle_interrupts(self) -> None:
+        """A cancel raises an error, a termination does not come back."""
+        self._plpy.execute("SELECT 1")
 
     def _drop(self) -> None:
         if self._connection is not None:
             self._connection.close()
-            self._connection = None
+        self._connection = self._send = None

@@ -347,7 +347,7 @@ class Registry:
         """Tell a new supervisor of every running job, with its socket."""
         sessions = [worker.session for worker in [*self._workers.values(), *self._elsewhere.values()]]
         for session in [*sessions, *self._pool.idle]:
-            session.known_to_supervisor = False
+            session.known_to_supervisor = 0
         for session in self._cleaned_elsewhere.values():
             session.close()  # its clean-up was read by nobody
         self._cleaned_elsewhere.clear()

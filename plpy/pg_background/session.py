@@ -84,7 +84,7 @@ class WorkerSession:
         self.process_start = process_start(self.pid)
         self.inherited = Inherited(b"", (), b"")
         self.guc_state = b""
-        self.known_to_supervisor = False
+        self.known_to_supervisor = 0  # the number of the control connection over which it was handed over
         self.closed = False
         self.users: list[str] = []
         self._count_placeholders = b""  # a call, where Python runs in the worker already

@@ -79,6 +79,7 @@ class Configuration(NamedTuple):
     launch_timeout_ms: int
     pool_size: int
     pool_idle_timeout_ms: int
+    history_ms: int
     standard_strings: bool
     output: Mapping[str, str]
 
@@ -118,6 +119,7 @@ class Configurations:
                 value(self._server, LAUNCH_TIMEOUT),
                 value(self._server, POOL_SIZE),
                 value(self._server, POOL_IDLE_TIMEOUT),
+                value(self._server, HISTORY),
                 self._server.setting("standard_conforming_strings") == "on",
                 {name: self._server.required_setting(name) for name in self._output_names},
             )

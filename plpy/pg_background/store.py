@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from .units import SettingError, parse_integer_setting
-
 TABLE = "_pg_background_worker"
 
 # The table's columns; a row is a dict of them. `key` is random and never 0, where the cookie of v1 workers is.
@@ -27,6 +25,7 @@ COLUMNS = (
     "state",
     "consumed",
     "finished_at",
+    "history_ms",
     "progress_pct",
     "progress_msg",
     "command_tag",
@@ -42,8 +41,9 @@ COLUMNS = (
     "datatype_name",
     "constraint_name",
 )
+# Those that the end of a job changes.
+ENDS = frozenset(COLUMNS[COLUMNS.index("command_tag") :]) | {"state", "finished_at"}
 MAX_ROWS = 10_000
-HISTORY, HISTORY_DEFAULT = "pg_background.history", "1d"
 
 Row = dict[str, Any]
 
@@ -53,6 +53,25 @@ class Store:
 
     def __init__(self, plpy: Any) -> None:
         self._plpy = plpy
+        self._encoding = plpy.execute("SELECT pg_catalog.getdatabaseencoding() AS encoding")[0]["encoding"]
+        self._convert = plpy.prepare(
+            "SELECT pg_catalog.convert_from($1, pg_catalog.getdatabaseencoding()) AS text", ["pg_catalog.bytea"]
+        )
+        self._prepare()
+
+    def find_table(self) -> bool:
+        """Whether the table is there for us, perhaps in another schema than before."""
+        try:
+            self._prepare()
+            self._plpy.execute(self._running, 1)
+        except Exception:  # noqa: BLE001 - no extension any more, or its schema is closed to us
+            return False
+        finally:
+            self._plpy.commit()
+        return True
+
+    def _prepare(self) -> None:
+        plpy = self._plpy
         name = plpy.execute(
             "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
             " FROM pg_catalog.pg_extension e"
@@ -78,31 +97,51 @@ class Store:
             " ORDER BY w.launched_at DESC LIMIT 1",
             ["pg_catalog.int4", "pg_catalog.int8"],
         )
+        self._find_key = plpy.prepare(
+            f"SELECT * FROM {name} w WHERE w.key OPERATOR(pg_catalog.=) $1", ["pg_catalog.int8"]
+        )
         self._running = plpy.prepare(f"SELECT * FROM {name} w WHERE w.state OPERATOR(pg_catalog.=) 'running'")
-        self._history = plpy.prepare(f"SELECT pg_catalog.current_setting('{HISTORY}', true) AS history")
         self._prune = plpy.prepare(
             f"DELETE FROM {name} w USING (SELECT o.key, o.finished_at,"
             f"   pg_catalog.row_number() OVER (ORDER BY o.finished_at DESC) AS place FROM {name} o"
             "    WHERE o.finished_at IS NOT NULL) AS o"
             " WHERE o.key OPERATOR(pg_catalog.=) w.key AND (o.place OPERATOR(pg_catalog.>) $1"
-            "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp()"
-            "     OPERATOR(pg_catalog.-) pg_catalog.make_interval(secs => $2)))",
-            ["pg_catalog.int8", "pg_catalog.float8"],
+            "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"
+            "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)))",
+            ["pg_catalog.int8"],
         )
 
-    def history_s(self) -> float:
-        """How long finished rows stay, in seconds; the default for a setting that is none."""
-        shown = self._plpy.execute(self._history)[0]["history"]
-        self._plpy.commit()
+    def decode(self, text: bytes) -> str:
+        """Bytes of the database's encoding; what is no text of it is replaced, never an error."""
+        if text.isascii() or self._encoding in ("UTF8", "SQL_ASCII"):
+            return text.decode("utf-8", "replace")
         try:
-            return parse_integer_setting(HISTORY, shown or HISTORY_DEFAULT, "ms", 0, 2**31 - 1) / 1000
-        except SettingError:
-            return parse_integer_setting(HISTORY, HISTORY_DEFAULT, "ms", 0, 2**31 - 1) / 1000
+            return str(self._plpy.execute(self._convert, [text])[0]["text"])
+        except self._plpy.SPIError:
+            return text.decode("ascii", "replace").replace("\ufffd", "?")
 
     def write(self, rows: Iterable[Row]) -> None:
         """Insert or update these rows, and commit."""
-        self._plpy.execute(self._upsert, [json.dumps([*rows])])
+        # Characters as they are: the server takes no \u escapes where its encoding lacks the character or has none.
+        self._plpy.execute(self._upsert, [json.dumps([*rows], ensure_ascii=False)])
         self._plpy.commit()
+
+    def write_one_by_one(self, rows: Iterable[Row]) -> None:
+        """As write, where one of the rows is not possible: in plain ASCII, or not at all."""
+        for row in list(rows):
+            for attempt in (row, {name: _plain(value) for name, value in row.items()}):
+                try:
+                    self.write([attempt])
+                except Exception as error:  # noqa: BLE001 - a value out of range, a missing one
+                    self._plpy.log(f"pg_background: a row could not be written: {error}")
+                else:
+                    break
+
+    def find_key(self, key: int) -> Row | None:
+        """The row of a job."""
+        rows = [dict(row) for row in self._plpy.execute(self._find_key, [key])]
+        self._plpy.commit()
+        return rows[0] if rows else None
 
     def find(self, pid: int, cookie: int) -> Row | None:
         """The row with this handle, the latest where version 1 has several."""
@@ -116,7 +155,11 @@ class Store:
         self._plpy.commit()
         return rows
 
-    def prune(self, history_s: float) -> None:
-        """Remove rows that ended longer ago than history_s, and the oldest beyond MAX_ROWS."""
-        self._plpy.execute(self._prune, [MAX_ROWS, history_s])
+    def prune(self) -> None:
+        """Remove rows that ended longer ago than their history_ms, and the oldest beyond MAX_ROWS."""
+        self._plpy.execute(self._prune, [MAX_ROWS])
         self._plpy.commit()
+
+
+def _plain(value: Any) -> Any:
+    return value.encode("ascii", "replace").decode().replace("\0", "?") if isinstance(value, str) else value

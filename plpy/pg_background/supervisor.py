@@ -21,7 +21,7 @@ from typing import Any, Callable
 
 from . import messages, wire
 from .process import Process, process_start
-from .store import KEY, Row, Store
+from .store import ENDS, KEY, MAX_ROWS, Row, Store
 
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
@@ -29,12 +29,20 @@ _SLICE_S = 0.1  # interrupts are handled at least so often
 _IDLE_S = 60.0  # with nothing to do it ends after this
 _BLOCKED_S = 0.07  # a worker that waits for its reader does not heed a cancel, only its termination
 _PRUNE_S = 60.0
-_SUCCESSION_S = 600.0  # a busy one makes room after this: its statistics reach autovacuum only at its end
+# A busy one makes room after this, or so many rows: its statistics reach autovacuum only at its end.
+_SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
+_LOST_S = 0.2  # rows of a predecessor are looked after so often
+_RETRY_S = 1.0  # a table that could not be written is tried again after this
+_MAX_EVENTS = 1 << 16
 _WINDOW_BYTES = 1 << 16
 _MAX_WINDOW_BYTES = 1 << 24
 _TAIL_BYTES = 1 << 17
 _BATCH_ROWS = 1000
 _REMEMBERED = 2000  # finished jobs that questions find in memory
+# Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
+_PASSING = ("53", "55", "57", "58", "40")
+# The table is not where it was: dropped, moved to another schema, or that schema is closed to us.
+_GONE = ("42P01", "42501", "3F000", "42703", "42704", "XX000")
 
 
 class Link:
@@ -47,6 +55,7 @@ class Link:
         self.channels: set[int] = set()  # pids of workers
         self.closed = False
         self.moved_on = False
+        self.reports = False  # a worker's, for its progress
         self.waiting: dict[int, Job] = {}  # by request: whose end the session is to be told
         self.waits_for: int | None = None  # pid of the worker whose end the session waits for
 
@@ -57,6 +66,7 @@ class Job:
     def __init__(self, row: Row, extras: Mapping[str, Any]) -> None:
         clean_ups = int(extras.get("clean_ups", 0))
         self.row = row
+        self.started = float(extras.get("started", 0))  # time.monotonic() of the session, before it sent the job
         self.tags_after = 1 if extras.get("probe") else 0
         self.tags_of_commit: int | None = extras.get("tags_of_commit")
         self.groups_after = clean_ups
@@ -81,9 +91,11 @@ class Channel:
         self.link = link
         self.process = Process(pid, start)
         self.job: Job | None = None
+        self.previous: Job | None = None
         self.reads = False  # a submitted job: read message by message
         self.drains = False  # nobody else reads it any more: read to the end of the connection
         self.writing = False  # the session has not sent the whole job yet
+        self.farewell_due = False  # the end of the connection is to be queued behind the job
         self.answer = wire.Answer()
         self.answers_left = 0
         self.unclean = False  # an answer to the clean-up was an error
@@ -102,7 +114,7 @@ class Supervisor:
         path: str,
         lock_fd: int,
         digest: str,
-        handle_interrupts: Callable[[], None],
+        handle_interrupts: Callable[[], bool],
         in_transaction: Callable[[int], bool],
     ) -> None:
         self._store = store
@@ -120,13 +132,18 @@ class Supervisor:
         self._jobs: dict[int, Job] = {}  # by key
         self._finished: deque[int] = deque()
         self._dirty: dict[int, Row] = {}
-        self._syncs: list[tuple[Link, int]] = []
+        self._unwritable = False  # at the last attempt
+        self._written = 0  # rows
+        self._inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
+        self._missing: set[int] = set()  # keys of those whose process had gone when last looked
         self._cancels: list[tuple[Link, int, Job | None]] = []
         self._deadlines: list[tuple[float, int]] = []
         now = time.monotonic()
         self._flush_at = self._tick_at = now
         self._prune_at = now + _PRUNE_S
+        self._lost_at = now
         self._idle_since = now
+        self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
         self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
         self._handlers: dict[str, Callable[..., None]] = {
@@ -142,24 +159,22 @@ class Supervisor:
             messages.FORGET: self._on_forget,
             messages.WAITS_FOR: self._on_waits_for,
             messages.CANCEL: self._on_cancel,
-            messages.SYNC: self._on_sync,
             messages.AM_I_WORKER: self._on_am_i_worker,
             messages.PROGRESS: self._on_progress,
+            messages.RECORD: self._on_record,
         }
         self._epoll.register(listener.fileno(), select.EPOLLIN)
 
     # --- the loop ---
 
     def run(self) -> None:
-        """Serve until there is nothing left to do."""
-        self._mark_lost_jobs()
+        """Serve until there is nothing left to do, or until the server wants this backend to end."""
+        self._inherit()
         parent = os.getppid()
-        while True:
-            self._handle_interrupts()
+        while self._handle_interrupts():
             if os.getppid() != parent:
                 return  # the postmaster is gone, and so is everybody else
-            events = self._epoll.poll(self._poll_timeout())
-            self._serve(events)
+            self._serve(self._epoll.poll(self._poll_timeout(), _MAX_EVENTS))
             now = time.monotonic()
             self._read_ready_channels()
             self._answer_cancels(now)
@@ -168,8 +183,6 @@ class Supervisor:
                 self._tick(now)
             if self._dirty and (now >= self._flush_at or len(self._dirty) >= _BATCH_ROWS):
                 self._flush()
-            if not self._dirty:
-                self._answer_syncs()
             if self._is_done(now) and not self._epoll.poll(0):
                 break
         self._flush()
@@ -189,16 +202,24 @@ class Supervisor:
         return max(0.0, wake_at - now)
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
-        """Control messages first: what they tell about a worker must be known before its socket is read."""
+        """Control messages first: what they tell about a worker must be known before its socket is read.
+
+        And those of sessions before those of workers: a job is announced before it can report progress.
+        """
+        reporting = []
         for descriptor, event in events:
             link = self._links.get(descriptor)
-            if link is not None:
+            if link is not None and link.reports:
+                reporting.append(link)
+            elif link is not None:
                 if event & select.EPOLLOUT:
                     self._send_outbox(link)
                 if event & ~select.EPOLLOUT:
                     self._receive(link)
             elif self._listener is not None and descriptor == self._listener.fileno():
                 self._accept()
+        for link in reporting:
+            self._receive(link)
         for descriptor, _ in events:
             channel = self._channel_of_fd.get(descriptor)
             if channel is not None:
@@ -216,31 +237,39 @@ class Supervisor:
             job = channel.job
             if job is not None and job.running and (job.canceled or job.timed_out):
                 self._stop(job, now)
+            if channel.farewell_due:
+                self._say_farewell(channel)
+        if self._deaf and self._listener is not None:
+            self._deaf = False
+            self._epoll.register(self._listener.fileno(), select.EPOLLIN)
+        if now >= self._lost_at and self._inherited:
+            self._lost_at = now + _LOST_S
+            self._look_after_inherited()
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_S
             self._prune()
-        if now - self._born > _SUCCESSION_S and self._listener is not None and self._channels:
+        if (now - self._born > _SUCCESSION_S or self._written > _SUCCESSION_ROWS) and self._links:
             self._make_room()
 
     def _is_done(self, now: float) -> bool:
-        if self._dirty or any(c.drains or (c.job is not None and c.job.running) for c in self._channels.values()):
+        if any(c.drains or (c.job is not None and c.job.running) for c in self._channels.values()):
             self._idle_since = now
             return False
         if not self._links:
-            return True
-        if self._listener is None:
-            return True  # a successor serves whoever asks next
-        return now - self._idle_since > _IDLE_S and not self._queued_on_links()
+            return not self._dirty or self._unwritable  # a table that is gone must not keep a database alive
+        if self._dirty or (self._listener is not None and now - self._idle_since <= _IDLE_S):
+            return False  # without a listener, a successor serves whoever asks next
+        self._part_from_links()
+        return not self._dirty
 
-    def _queued_on_links(self) -> bool:
-        """Close every link for sending, so that its session turns to a successor; whether something was under way."""
-        for link in list(self._links.values()):
+    def _part_from_links(self) -> None:
+        """Close every link, so that its session turns to a successor; what was under way is still heard."""
+        links = list(self._links.values())
+        for link in links:
             with contextlib.suppress(OSError):
                 link.connection.shutdown(socket.SHUT_RD)
-        before = len(self._jobs)
-        for link in list(self._links.values()):
-            self._receive(link)
-        return len(self._jobs) != before or bool(self._dirty)
+        for link in links:
+            self._receive(link, parting=True)
 
     # --- control connections ---
 
@@ -251,24 +280,30 @@ class Supervisor:
         except (BlockingIOError, ConnectionError):
             return
         except OSError:
-            # No descriptor left: the next turn tries again, when workers may have ended.
-            self._epoll.poll(_TICK_S, 1)
+            # No descriptor left: the next tick tries again, when workers may have ended.
+            self._epoll.unregister(self._listener.fileno())
+            self._deaf = True
             return
         connection.setblocking(False)
         self._links[connection.fileno()] = Link(connection)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
-    def _receive(self, link: Link) -> None:
+    def _receive(self, link: Link, *, parting: bool = False) -> None:
         """Take all messages of a link; garbage or its end closes it."""
         while not link.closed:
             try:
                 received = messages.receive(link.connection)
             except BlockingIOError:
                 return
+            except messages.DescriptorsLostError:
+                self._send(link, [messages.NO_DESCRIPTOR])
+                self._close_link(link)
+                return
             except (OSError, messages.ProtocolError):
                 self._close_link(link)
                 return
             if received is None:
+                link.moved_on = link.moved_on or parting
                 self._close_link(link)
                 return
             self._dispatch(link, received)
@@ -325,14 +360,27 @@ class Supervisor:
             channel = self._channels.get(pid)
             if channel is None or channel.link is not link:
                 continue
-            if channel.drains and not link.moved_on:
-                channel.link = None
-            elif link.moved_on or channel.writing or channel.job is None or not channel.job.running:
+            job = channel.job
+            if link.moved_on:
+                self._forget(channel)
+            elif job is None or not job.running:
+                self._close_channel(channel)
+            elif channel.writing:
+                self._end(job, _never_ran())
                 self._close_channel(channel)
             else:
                 channel.link = None
-                self._drain(channel)
-                self._terminate_after_job(channel)
+                if not channel.drains:
+                    self._drain(channel)
+                    self._terminate_after_job(channel)
+
+    def _forget(self, channel: Channel) -> None:
+        """Another supervisor has this worker: nothing more is to be written about it here."""
+        job = channel.job
+        if job is not None and job.running:
+            self._jobs.pop(job.row[KEY], None)
+            self._dirty.pop(job.row[KEY], None)
+        self._close_channel(channel)
 
     def _on_hello(self, link: Link, digest: str) -> None:
         if digest == self._digest and self._listener is not None:
@@ -343,29 +391,28 @@ class Supervisor:
         self._close_link(link)
 
     def _on_moved_on(self, link: Link) -> None:
+        """The session waits for the end of this link: only then does its new supervisor touch the workers."""
+        self._flush()
         link.moved_on = True
         self._close_link(link)
-
-    def _on_sync(self, link: Link, request: int) -> None:
-        self._syncs.append((link, request))
-        self._flush_at = 0.0
-
-    def _answer_syncs(self) -> None:
-        for link, request in self._syncs:
-            self._send(link, [messages.REPLY, request, True])
-        self._syncs.clear()
 
     # --- jobs ---
 
     def _on_job(self, link: Link, descriptors: list[int], row: Row, extras: dict[str, Any]) -> None:
         row = dict(row, launcher_pid=link.pid)
         pid, key = int(row["pid"]), int(row[KEY])
+        if extras.get("again"):
+            row = self._row_so_far(row)
+        if row["state"] != "running":
+            self._tell_end(link, row)
+            return
         if descriptors:
             self._adopt(link, pid, row["process_start"], descriptors.pop(0))
         channel = self._channels[pid]
         job = Job(row, extras)
         self._jobs[key] = job
-        channel.job = job
+        channel.previous, channel.job = channel.job, job
+        channel.writing = bool(extras.get("writing"))
         channel.answer = wire.Answer()
         channel.answers_left = 1 + job.groups_after
         channel.unclean = False
@@ -381,6 +428,22 @@ class Supervisor:
             self._watch(channel)
         else:
             self._unwatched.add(key)
+
+    def _row_so_far(self, row: Row) -> Row:
+        """A job that is handed over again: its progress, or its end, may be known already."""
+        self._inherited.pop(row[KEY], None)
+        job = self._jobs.get(row[KEY])
+        known = job.row if job is not None else self._ask_store(lambda store: store.find_key(row[KEY]))
+        if known is None:
+            return row
+        if known["state"] != "running":
+            return dict(known)
+        return dict(row, progress_pct=known.get("progress_pct"), progress_msg=known.get("progress_msg"))
+
+    def _tell_end(self, link: Link, row: Row) -> None:
+        """A submitted or detached job that ended before its session could hear of it."""
+        changes = {name: value for name, value in row.items() if name in ENDS and value is not None}
+        self._send(link, [messages.ENDED, row["pid"], row[KEY], changes, []])
 
     def _adopt(self, link: Link, pid: int, start: int | None, descriptor: int) -> None:
         old = self._channels.get(pid)
@@ -410,28 +473,54 @@ class Supervisor:
 
     def _terminate_after_job(self, channel: Channel) -> None:
         """Queue the end of the connection behind the job."""
-        with contextlib.suppress(OSError):
+        channel.farewell_due = True
+        self._say_farewell(channel)
+
+    def _say_farewell(self, channel: Channel) -> None:
+        """The next tick tries again where the job itself has not been sent whole, or has not been read."""
+        if channel.writing:
+            return
+        try:
             channel.connection.send(wire.TERMINATE, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # the worker has gone: reading finds that out
+        channel.farewell_due = False
 
-    def _on_writing(self, link: Link, pid: int, writing: bool) -> None:
-        self._channels[pid].writing = writing
+    def _on_writing(self, _: Link, pid: int, writing: bool) -> None:
+        channel = self._channels.get(pid)
+        if channel is not None:
+            channel.writing = writing
+            if channel.farewell_due:
+                self._say_farewell(channel)
 
-    def _on_finished(self, link: Link, key: int, changes: Row) -> None:
+    def _on_finished(self, _: Link, key: int, changes: Row) -> None:
         job = self._jobs.get(key)
         if job is None:
+            self._record_end(key, changes)
             return
         channel = self._channels.get(job.row["pid"])
         if channel is not None and channel.job is job and not channel.reads:
             self._unwatch(channel)
         self._end(job, changes)
 
+    def _record_end(self, key: int, changes: Row) -> None:
+        """A job that a predecessor knew, and that ended before it could be handed over."""
+        row = self._inherited.pop(key, None) or self._ask_store(lambda store: store.find_key(key))
+        if row is not None and row["state"] == "running":
+            row.update({"finished_at": _now(), **changes})
+            self._mark_dirty(row)
+
     def _on_detach(self, link: Link, pid: int) -> None:
         channel = self._channels[pid]
         if channel.job is not None and channel.job.running:
             self._drain(channel)
             self._terminate_after_job(channel)
-        else:
-            self._close_channel(channel)
+            return
+        if channel.job is not None:
+            self._tell_end(link, channel.job.row)  # seen here before the session looked
+        self._close_channel(channel)
 
     def _on_closed(self, link: Link, pid: int) -> None:
         channel = self._channels.get(pid)
@@ -540,7 +629,7 @@ class Supervisor:
             return
         channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left == 0 and link is not None:
-            row = [] if channel.unclean or answer.row is None else [_text(v) for v in wire.row_values(answer.row)]
+            row = [] if channel.unclean or answer.row is None else [self._text(v) for v in wire.row_values(answer.row)]
             self._unwatch(channel)
             self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
 
@@ -581,9 +670,9 @@ class Supervisor:
         changes: Row = {"finished_at": _now()}
         if answer.error is None:
             tag = answer.tag or b""
-            changes.update(state="stopped", command_tag=_text(tag), row_count=wire.row_count(tag))
+            changes.update(state="stopped", command_tag=self._text(tag), row_count=wire.row_count(tag))
             return changes
-        fields = {name: _text(value) for name, value in wire.error_fields(answer.error).items()}
+        fields = {name: self._text(value) for name, value in wire.error_fields(answer.error).items()}
         interrupted = fields.get("sqlstate") in ("57014", "57P01")
         if interrupted and job.tags_of_commit is not None and answer.tags >= job.tags_of_commit:
             # The signal came during the commit, and became an error after it.
@@ -597,6 +686,11 @@ class Supervisor:
             changes["error_" + name] = fields.pop(name, None)
         changes.update(fields)
         return changes
+
+    def _text(self, value: bytes | None) -> str | None:
+        if value is None or self._store is None:
+            return None if value is None else value.decode("utf-8", "replace")
+        return self._store.decode(value)
 
     # --- cancel, timeouts ---
 
@@ -663,11 +757,15 @@ class Supervisor:
     def _row(self, pid: int, cookie: int) -> Row | None:
         """What is known of a handle: from memory, or from the table when it ended long ago."""
         job = self._find(pid, cookie)
-        if job is not None or self._store is None:
-            return None if job is None else job.row
+        return job.row if job is not None else self._ask_store(lambda store: store.find(pid, cookie))
+
+    def _ask_store(self, question: Callable[[Store], Any]) -> Any:
+        """The table's answer, or None where it cannot be read."""
+        if self._store is None:
+            return None
         try:
-            return self._store.find(pid, cookie)
-        except Exception as error:
+            return question(self._store)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
             self._store_failed({}, error)
             return None
 
@@ -692,14 +790,26 @@ class Supervisor:
 
     def _on_am_i_worker(self, link: Link, request: int) -> None:
         channel = self._channels.get(link.pid)
-        self._send(link, [messages.REPLY, request, channel is not None and channel.job is not None])
+        known = channel is not None and channel.job is not None
+        link.reports = known or self._inherited_row(link.pid) is not None
+        self._send(link, [messages.REPLY, request, link.reports])
 
-    def _on_progress(self, link: Link, percent: int, text: str | None) -> None:
+    def _on_progress(self, link: Link, percent: int, text: str | None, at: float) -> None:
+        """A report may be read after the end of its job, even after the start of the next: `at` tells whose it is."""
         channel = self._channels.get(link.pid)
         job = channel.job if channel is not None else None
-        if job is not None and job.running:
-            job.row.update(progress_pct=percent, progress_msg=text)
-            self._mark_dirty(job.row)
+        if channel is not None and job is not None and at < job.started:
+            job = channel.previous
+        row = job.row if job is not None else self._inherited_row(link.pid)
+        if row is not None:
+            row.update(progress_pct=percent, progress_msg=text)
+            self._mark_dirty(row)
+
+    def _inherited_row(self, pid: int) -> Row | None:
+        for row in self._inherited.values():
+            if row["pid"] == pid and row["process_start"] == process_start(pid):
+                return row
+        return None
 
     # --- the table ---
 
@@ -707,48 +817,99 @@ class Supervisor:
         """Write what has changed. A failure (disk full, say) leaves it for the next time."""
         rows, self._dirty = self._dirty, {}
         self._flush_at = time.monotonic() + _FLUSH_S
-        if self._store is None or not rows:
+        if not rows:
+            return
+        if self._store is None:
+            self._forward(rows)
             return
         try:
             self._store.write(rows.values())
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
             self._store_failed(rows, error)
+        else:
+            self._unwritable = False
+            self._written += len(rows)
 
     def _store_failed(self, rows: dict[int, Row], error: Exception) -> None:
-        """Gone with the extension, or moved to a schema that is closed to us: a successor will know better."""
-        sqlstate = getattr(error, "sqlstate", None)
-        if sqlstate in ("42P01", "42501", "3F000", "42703", "42704"):
-            self._store = None
-            self._make_room()
-            self._forward(rows)
-            return
+        """Keep the rows for later, give them to a successor, or find out which of them cannot be written."""
+        assert self._store is not None
+        sqlstate = getattr(error, "sqlstate", None) or ""
+        if sqlstate in _GONE:
+            if self._store.find_table():
+                self._keep_for_later(rows)
+            else:
+                self._store = None
+                self._make_room()
+                self._forward(rows)
+        elif sqlstate[:2] in _PASSING or not rows:
+            self._keep_for_later(rows)
+        else:
+            self._store.write_one_by_one(rows.values())
+
+    def _keep_for_later(self, rows: dict[int, Row]) -> None:
         rows.update(self._dirty)
+        finished = [key for key, row in rows.items() if row["state"] != "running"]
+        for key in finished[: max(0, len(rows) - 2 * MAX_ROWS)]:
+            del rows[key]
         self._dirty = rows
-        self._flush_at = time.monotonic() + 1.0
+        self._unwritable = True
+        self._flush_at = time.monotonic() + _RETRY_S
 
     def _forward(self, rows: dict[int, Row]) -> None:
-        """Nothing to write to: a successor that knows these jobs has their rows from the sessions."""
+        """The table is out of reach here: a successor writes these rows, once a session has started one."""
+        with messages.control_socket() as successor:
+            successor.setblocking(False)
+            try:
+                successor.connect(self._path)
+                for key, row in list(rows.items()):
+                    messages.send(successor, [messages.RECORD, row])
+                    del rows[key]
+            except OSError:
+                pass  # none is there, or it has much to do: the next attempt sends the rest
+        self._keep_for_later(rows)
 
-    def _mark_lost_jobs(self) -> None:
-        """What a predecessor left as running, with no process behind it, will never tell how it ended."""
-        if self._store is None:
+    def _on_record(self, _: Link, row: Row) -> None:
+        """A predecessor's row."""
+        self._inherited.pop(row[KEY], None)
+        job = self._jobs.get(row[KEY])
+        if job is None:
+            self._mark_dirty(row)
+        elif row["state"] != "running":
+            self._end(job, row)
+        elif job.row.get("progress_pct") is None:
+            job.row.update(progress_pct=row.get("progress_pct"), progress_msg=row.get("progress_msg"))
+            self._mark_dirty(job.row)
+
+    def _inherit(self) -> None:
+        """What a predecessor left as running: sessions hand it over, that predecessor ends it, or it is lost."""
+        rows = self._ask_store(lambda store: store.running()) or []
+        self._inherited = {row[KEY]: row for row in rows}
+
+    def _look_after_inherited(self) -> None:
+        """What has no process behind it will never tell how it ended.
+
+        Unless a predecessor is about to write that down: so it must be missed twice, and still be there as running.
+        """
+        missing = set()
+        for key, row in self._inherited.items():
+            channel = self._channels.get(row["pid"])
+            another = channel is not None and channel.job is not None and channel.job.row[KEY] != key
+            if another or row["process_start"] != process_start(row["pid"]):
+                missing.add(key)
+        lost, self._missing = missing & self._missing, missing
+        if not lost:
             return
-        lost = []
-        for row in self._store.running():
-            if row["process_start"] != process_start(row["pid"]):
+        running = {row[KEY] for row in self._ask_store(lambda store: store.running()) or []}
+        for key in lost:
+            row = self._inherited.pop(key)
+            if key in running:
                 row.update(_lost_connection(None))
-                row["launched_at"] = str(row["launched_at"])
-                lost.append(row)
-        if lost:
-            self._store.write(lost)
+                self._mark_dirty(row)
 
     def _prune(self) -> None:
-        if self._store is None:
-            return
-        try:
-            self._store.prune(self._store.history_s())
-        except Exception as error:
-            self._store_failed({}, error)
+        self._deadlines = [entry for entry in self._deadlines if entry[1] in self._jobs]
+        heapq.heapify(self._deadlines)
+        self._ask_store(lambda store: store.prune())
 
     # --- the end ---
 
@@ -756,7 +917,8 @@ class Supervisor:
         """Let a successor start; go on with the workers that are here until their sessions hand them over."""
         if self._listener is None:
             return
-        self._epoll.unregister(self._listener.fileno())
+        if not self._deaf:
+            self._epoll.unregister(self._listener.fileno())
         self._retire()
         for link in list(self._links.values()):
             self._send(link, [messages.MOVED])
@@ -775,10 +937,6 @@ def _now() -> str:
     return datetime.now(timezone.utc).isoformat()
 
 
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode("utf-8", "replace")
-
-
 def _receive_from(connection: socket.socket, size: int, flags: int) -> bytes | None:
     """Bytes from a worker; None when there are none yet, b"" at the end of the connection."""
     try:
@@ -793,6 +951,12 @@ def _hung_up(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def _never_ran() -> Row:
+    """08006 as well: the session ended before it had sent the whole job."""
+    message = "the launching session ended before it had sent the whole SQL, which did not run"
+    return {"state": "error", "sqlstate": "08006", "error_message": message, "finished_at": _now()}
 
 
 def _lost_connection(job: Job | None) -> Row:

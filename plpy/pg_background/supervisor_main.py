@@ -6,6 +6,8 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import resource
+import signal
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +41,21 @@ def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     # Whoever started this may leave, and a notice to nobody would end it.
     plpy.execute("SELECT pg_catalog.set_config('client_min_messages', 'error', false)")
     plpy.commit()
+    _raise_descriptor_limit()
     Supervisor(store, listener, path, lock_fd, digest, _interrupt_handler(plpy), _transaction_probe(plpy)).run()
+    # A termination that was asked for happens now.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    plpy.execute("SELECT 1")
+    plpy.commit()
+    # To return would be to answer a client that has gone, which is a FATAL error in the log.
+    ctypes.PyDLL(None).proc_exit(0)
+
+
+def _raise_descriptor_limit() -> None:
+    """Workers need two descriptors each, of as many sessions as the server allows."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _prove_role(plpy: Any, role_oid: int) -> None:
@@ -67,12 +83,17 @@ def _listen(path: str) -> socket.socket:
     return listener
 
 
-def _interrupt_handler(plpy: Any) -> Callable[[], None]:
-    """Lets the server act on a termination or a request of another session: a statement does."""
+def _interrupt_handler(plpy: Any) -> Callable[[], bool]:
+    """Lets the server act on a request of another session: a statement does. False: this backend must end.
+
+    Its termination waits until it has written down what it knows: SIGTERM stays blocked. The server's clean-up
+    after an error unblocks it, hence each time anew.
+    """
     pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
     plan = plpy.prepare("SELECT 1")
 
-    def handle() -> None:
+    def handle() -> bool:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         if pending.value:
             try:
                 plpy.execute(plan)
@@ -80,6 +101,7 @@ def _interrupt_handler(plpy: Any) -> Callable[[], None]:
                 if error.sqlstate != "57014":  # a cancel is not for us
                     raise
             plpy.commit()
+        return signal.SIGTERM not in signal.sigpending()
 
     return handle
 

@@ -13,6 +13,7 @@ _HEADER = struct.Struct("!cI")
 _TYPES = frozenset(bytes((code,)) for code in b"123ACDEGHIKNRSTVWcdnstvZ")
 _MAX_MESSAGE = 1 << 30
 READY_FOR_QUERY = b"Z\0\0\0\5I"
+_ENDINGS = tuple(b"Z\0\0\0\5" + status for status in (b"I", b"T", b"E"))
 
 # After one of these a command tag before it is not the last one.
 _NEXT_STATEMENT = b"TDCEI"
@@ -123,7 +124,11 @@ def last_answer(tail: bytes, groups_after: int = 0, tags_after: int = 0) -> Answ
 
     The tail may start anywhere. Messages are found backwards: a command tag or an error from which message follows
     message exactly to the end. tags_after: how many command tags of the group are not the job's.
+    A stream that ends with an error, and not with a ReadyForQuery, is that of a backend that was terminated.
     """
+    if groups_after and not tail.endswith(_ENDINGS):
+        fatal = _messages(tail, max(0, tail.rfind(b"E\0\0")))
+        groups_after = 0 if fatal and len(fatal) == 1 and fatal[0][0] == b"E" else groups_after
     chain: list[tuple[bytes, bytes]] | None = None
     position = len(tail)
     while position > 0:

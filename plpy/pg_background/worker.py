@@ -250,7 +250,7 @@ class Worker:
         if deadline is None and not self.ended:
             self._wait_without_limit()
         while not self.ended:
-            if not self._server.wait_for((self.awaited(),), deadline):
+            if not self._server.wait_for(self.awaited_with_control(), deadline):
                 return False
             self.advance()
         return True
@@ -259,7 +259,7 @@ class Worker:
         """40P01 where the job would never end, because it waits for this session."""
         with self._watch() as watch:
             while not self.ended:
-                watch.wait_for((self.awaited(),))
+                watch.wait_for(self.awaited_with_control())
                 self.advance()
 
     def _watch(self) -> Watch:
@@ -269,8 +269,10 @@ class Worker:
         """Take in all that there is."""
         if self.read_elsewhere:
             self._control.hear_or_replace()
-        else:
-            self.pump(_NO_LIMIT)
+            return
+        self.pump(_NO_LIMIT)
+        if not self.ended:
+            self._control.replace_if_gone()
 
     def awaited(self) -> tuple[int, int]:
         """What to poll for news of this worker."""
@@ -279,6 +281,13 @@ class Worker:
             assert descriptor is not None
             return (descriptor, READABLE)
         return (self.session.connection.socket, READABLE)
+
+    def awaited_with_control(self) -> tuple[tuple[int, int], ...]:
+        """The same, and the news that the supervisor has gone: somebody must see to the workers meanwhile."""
+        descriptor = self._control.descriptor
+        if self.read_elsewhere or descriptor is None:
+            return (self.awaited(),)
+        return (self.awaited(), (descriptor, READABLE))
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
@@ -425,7 +434,7 @@ class Worker:
             self.command_tags = "\n".join(map(self._server.decode, self._tags))
         self._set_ended()
         self.changes = self._changes()
-        self._control.tell_if_connected([messages.FINISHED, self.key, self.changes])
+        self._control.report_end([messages.FINISHED, self.key, self.changes])
 
     def _set_ended(self) -> None:
         self.elapsed_ms = (time.monotonic() - self._started) * 1000

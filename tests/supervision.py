@@ -1,0 +1,37 @@
+"""The supervisor, as tests look at it."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from tests.clusters import SUPERVISOR_NAME, Session, wait_until
+
+_SUPERVISORS = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
+
+
+def supervisor_pids(session: Session) -> list[int]:
+    """Process ids of the supervisors of this session's database."""
+    return [pid for (pid,) in session.rows(_SUPERVISORS, (SUPERVISOR_NAME,))]
+
+
+def supervisor_pid(session: Session) -> int:
+    """Process id of the one supervisor."""
+    (pid,) = wait_until(lambda: supervisor_pids(session), what="a supervisor")
+    return int(pid)
+
+
+def terminate_supervisor(session: Session) -> int:
+    """Terminates the supervisor, as the session's superuser, and waits for its end; its process id."""
+    pid = supervisor_pid(session)
+    assert session.value("SELECT pg_terminate_backend(%s, 5000)", (pid,)) is True
+    return pid
+
+
+def descriptors(pid: int) -> int:
+    """How many sockets and processes a process has open; files of tables come and go."""
+    links = []
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            links.append(str(descriptor.readlink()))
+    return sum(1 for link in links if link.startswith("socket:") or "pidfd" in link)

@@ -1,0 +1,215 @@
+"""Progress: seen at once by everyone, whatever becomes of the worker's transaction, and cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.background import Handle, detach, launch, listed, result, wait
+from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
+from tests.supervision import supervisor_pid, terminate_supervisor
+
+_ANY_SCRIPT = "fünfzig ½ 五十 пятьдесят خمسون 🚀\u0301 \"quoted\" \\ back 'slash'\n\ttab {json: [null]} "
+_ATTEMPTS = 20  # the machine may be busy: the best attempt counts
+
+
+def progress(session: Session, handle: Handle) -> tuple[Any, Any]:
+    """What pg_background_get_progress_v2 says."""
+    row = session.rows("SELECT * FROM pg_background_get_progress_v2(%s, %s)", handle)[0]
+    return (row[0], row[1])
+
+
+def finish(session: Session, handle: Handle) -> None:
+    """Waits for a worker, and lets it go."""
+    wait(session, handle)
+    detach(session, handle)
+
+
+def seen(session: Session, handle: Handle, expected: tuple[Any, Any]) -> None:
+    """Waits until that progress shows."""
+    wait_until(lambda: progress(session, handle) == expected, what=f"progress {expected}")
+
+
+# --- what is seen ---------------------------------------------------------------------------------
+
+
+def test_progress_shows_from_inside_the_open_transaction(alice: Session, conn: Session) -> None:
+    handle = launch(alice, "SELECT pg_background_progress(42, 'halfway'); SELECT pg_sleep(30)")
+    seen(conn, handle, (42, "halfway"))
+    assert listed(alice)[0].state == "running"
+    conn.execute("SELECT pg_cancel_backend(%s)", (handle.pid,))
+    finish(alice, handle)
+
+
+def test_progress_is_visible_within_50_ms(alice: Session, conn: Session) -> None:
+    delay = (
+        "SELECT extract(epoch FROM clock_timestamp() - progress_msg::timestamptz) * 1000"
+        " FROM pg_background_activity WHERE pid = %s AND cookie = %s AND progress_pct = 7"
+    )
+    delays = []
+    for _ in range(_ATTEMPTS):
+        job = "SELECT pg_background_progress(7, clock_timestamp()::text); SELECT pg_sleep(0.3)"
+        handle = launch(alice, job)
+        delays.append(wait_until(lambda h=handle: conn.rows(delay, h), what="progress")[0][0])  # type: ignore[misc]
+        finish(alice, handle)
+        if len(delays) > 3 and min(delays) < 50:
+            break
+    assert min(delays) < 50, delays
+
+
+def test_progress_survives_the_rollback_of_the_worker(alice: Session) -> None:
+    handle = launch(alice, "SELECT pg_background_progress(70, 'before the error'); SELECT 1/0")
+    wait(alice, handle)
+    seen(alice, handle, (70, "before the error"))
+    assert listed(alice)[0].state == "error"
+    detach(alice, handle)
+    assert progress(alice, handle) == (70, "before the error")
+
+
+@pytest.mark.parametrize(("given", "shown"), [(-5, 0), (0, 0), (100, 100), (500, 100), (2147483647, 100)])
+def test_percentage_is_clamped(alice: Session, given: int, shown: int) -> None:
+    handle = launch(alice, f"SELECT pg_background_progress({given})")
+    finish(alice, handle)
+    seen(alice, handle, (shown, None))
+
+
+def test_null_message_takes_the_place_of_an_earlier_one(alice: Session) -> None:
+    handle = launch(alice, "SELECT pg_background_progress(1, 'one'); SELECT pg_background_progress(2, NULL)")
+    finish(alice, handle)
+    seen(alice, handle, (2, None))
+
+
+def test_null_percentage_is_refused(alice: Session) -> None:
+    handle = launch(alice, "SELECT pg_background_progress(NULL, 'x')")
+    with sqlstate("22004", "must not be null"):
+        result(alice, handle)
+
+
+@pytest.mark.parametrize("length", [1, 999, 1000, 1001, 5000])
+def test_message_keeps_a_thousand_characters_of_any_script(alice: Session, length: int) -> None:
+    text = (_ANY_SCRIPT * (length // len(_ANY_SCRIPT) + 1))[:length]
+    literal = alice.value("SELECT quote_literal(%s)", (text,))
+    handle = launch(alice, f"SELECT pg_background_progress(5, {literal})")
+    finish(alice, handle)
+    seen(alice, handle, (5, text[:1000]))
+
+
+def test_unknown_handle_has_no_progress(alice: Session) -> None:
+    assert progress(alice, Handle(1, 1)) == (None, None)
+
+
+def test_progress_of_a_role_one_is_no_member_of_is_hidden(
+    alice: Session, connect: Callable[..., Session], role: Callable[..., Role]
+) -> None:
+    handle = launch(alice, "SELECT pg_background_progress(3, 'mine')")
+    finish(alice, handle)
+    seen(alice, handle, (3, "mine"))
+    assert progress(connect(role("bob")), handle) == (None, None)
+
+
+# --- who may report -------------------------------------------------------------------------------
+
+
+def test_only_a_worker_can_report(alice: Session) -> None:
+    with sqlstate("0A000", "by a background worker only"):
+        alice.execute("SELECT pg_background_progress(10, 'x')")
+    # With a supervisor there, too.
+    finish(alice, launch(alice, "SELECT 1"))
+    with sqlstate("0A000", "by a background worker only"):
+        alice.execute("SELECT pg_background_progress(10, 'x')")
+
+
+def test_the_first_statement_of_the_first_job_can_report(fresh_database: str, alice: Session, conn: Session) -> None:
+    """There is no supervisor yet when it is launched."""
+    for _ in range(5):
+        handle = launch(alice, "SELECT pg_background_progress(1, 'first')")
+        wait(alice, handle)
+        detach(alice, handle)
+        seen(conn, handle, (1, "first"))
+        terminate_supervisor(conn)
+
+
+def test_each_job_of_a_reused_session_has_its_own_progress(alice: Session) -> None:
+    handles = []
+    for number in range(60):
+        handle = launch(alice, f"SELECT pg_background_progress({number}, 'job {number}')" if number % 3 else "SELECT 1")
+        finish(alice, handle)
+        handles.append(handle)
+    expected = [(number, f"job {number}") if number % 3 else (None, None) for number in range(60)]
+    wait_until(lambda: [progress(alice, handle) for handle in handles] == expected, what="each its own")
+
+
+def test_jobs_that_run_at_once_do_not_mix(alice: Session, connect: Callable[..., Session]) -> None:
+    job = "DO $$BEGIN FOR i IN 1..2000 LOOP PERFORM pg_background_progress(i / 20, '{}'); END LOOP; END$$"
+    handles = {name: launch(alice, job.format(name)) for name in ("a", "b", "c", "d")}
+    for name, handle in handles.items():
+        finish(alice, handle)
+        seen(alice, handle, (100, name))
+
+
+# --- how many, how fast ---------------------------------------------------------------------------
+
+
+def test_the_last_of_ten_thousand_reports_is_kept(alice: Session) -> None:
+    loop = "FOR i IN 1..10000 LOOP PERFORM pg_background_progress(i / 100, 'step ' || i); END LOOP"
+    for _ in range(3):
+        handle = launch(alice, f"DO $$BEGIN {loop}; END$$")
+        finish(alice, handle)
+        seen(alice, handle, (100, "step 10000"))
+
+
+_TIMED = """
+    DO $$
+    DECLARE
+        started timestamptz := clock_timestamp();
+        first_ms float8;
+    BEGIN
+        PERFORM pg_background_progress(0);
+        first_ms := 1000 * extract(epoch FROM clock_timestamp() - started);
+        started := clock_timestamp();
+        FOR i IN 1..2000 LOOP
+            PERFORM pg_background_progress(i / 20, 'step');
+        END LOOP;
+        RAISE EXCEPTION '% %', first_ms, 500 * extract(epoch FROM clock_timestamp() - started);
+    END$$
+"""
+
+
+def test_a_report_costs_less_than_20_microseconds_and_the_first_less_than_40_ms(
+    connect: Callable[..., Session], alice: Session
+) -> None:
+    alice.execute("SET pg_background.pool_size = 0")  # each time a fresh backend
+    first_ms, next_us = [], []
+    for _ in range(_ATTEMPTS):
+        handle = launch(alice, _TIMED)
+        wait(alice, handle)
+        first, later = (listed(alice)[0].last_error or "").split()
+        detach(alice, handle)
+        first_ms.append(float(first))
+        next_us.append(float(later))
+        if min(first_ms) < 40 and min(next_us) < 20:
+            break
+    assert min(first_ms) < 40, first_ms
+    assert min(next_us) < 20, next_us
+
+
+# --- supervisors come and go ----------------------------------------------------------------------
+
+
+@pytest.mark.local_server
+def test_a_worker_goes_on_reporting_to_the_next_supervisor(
+    cluster: Cluster, fresh_database: str, alice: Session, conn: Session
+) -> None:
+    reports = "FOR i IN 1..100 LOOP PERFORM pg_background_progress(i, 'at ' || i), pg_sleep(0.01); END LOOP"
+    handle = launch(alice, f"DO $$BEGIN {reports}; END$$")
+    wait_until(lambda: (progress(conn, handle)[0] or 0) > 5, what="first reports")
+    before = supervisor_pid(conn)
+    terminate_supervisor(conn)
+    kept = progress(conn, handle)[0]
+    assert kept is not None
+    assert kept > 5
+    finish(alice, handle)
+    assert supervisor_pid(conn) != before
+    seen(conn, handle, (100, "at 100"))
