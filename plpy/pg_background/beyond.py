@@ -194,14 +194,14 @@ class Beyond:
     def _stop(self, worker: Worker, timeout_ms: int | None) -> None:
         """Cancel a worker whose timeout is over, and wait until it has rolled back."""
         worker.stop_message = f"canceling background worker due to its timeout of {timeout_ms} ms"
-        worker.on_canceling(_STOP_GRACE_MS)
+        worker.cancel(_STOP_GRACE_MS)
         self._registry.control.ask(messages.CANCEL, worker.pid, worker.cookie, _STOP_GRACE_MS)
         worker.wait(time.monotonic() + _STOP_GRACE_MS / 1000 + TERMINATION_S)
 
     def _abandon(self, worker: Worker) -> None:
         """Cancel a worker without waiting for its end, and let it go."""
         if not worker.ended:
-            worker.on_canceling(_STOP_GRACE_MS)
+            worker.cancel(_STOP_GRACE_MS)
             self._registry.control.tell([messages.CANCEL, 0, worker.pid, worker.cookie, _STOP_GRACE_MS])
         self._registry.release(worker)
 
@@ -371,7 +371,7 @@ class Beyond:
 
     def _cancel(self, workers: Sequence[Worker], grace_ms: int | None) -> int:
         for worker in workers:
-            worker.on_canceling(grace_ms)
+            worker.cancel(grace_ms)
             self._registry.control.ask(messages.CANCEL, worker.pid, worker.cookie, grace_ms)
         if grace_ms is not None:
             deadline = time.monotonic() + grace_ms / 1000 + TERMINATION_S

@@ -263,8 +263,16 @@ class Runtime:
         return "true" if ended else "false"
 
     def tracked(self, pid: int, cookie: int | None) -> Worker | None:
-        """The worker if this session tracks it; None if it is another's, or detached."""
-        return None if self._registry.tracked(pid) is None else self._registry.find(pid, cookie)
+        """The worker if this session tracks it; None if it is another's, or was let go.
+
+        The pid of one that was let go may be that of a later worker by now: 55000 only where nobody knows the handle.
+        """
+        worker = self._registry.tracked(pid)
+        if worker is None:
+            return None
+        if cookie in (None, worker.cookie) or self._registry.control.ask(messages.FIND, pid, cookie) is None:
+            return self._registry.find(pid, cookie)
+        return None
 
     def row_elsewhere(self, pid: int, cookie: int) -> dict[str, Any]:
         """The row of a worker of another session, or a detached one. 42704, 42501."""
@@ -308,7 +316,7 @@ class Runtime:
             self._registry.refresh(worker)
             if worker.ended:
                 return ""
-            worker.on_canceling(grace)
+            worker.cancel(grace)
         elif self.row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
             return ""
         self._registry.control.ask(messages.CANCEL, pid, cookie, grace)

@@ -64,7 +64,7 @@ class Listener(Protocol):
     def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
         """A submitted or detached job has ended, or its connection was cleaned for reuse."""
 
-    def on_canceling(self, pid: int, key: int, grace_ms: int | None) -> None:
+    def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
         """Another session has asked a worker to stop."""
 
     def hand_over_again(self) -> None:

@@ -334,11 +334,11 @@ class Registry:
         else:
             self._end_session(session)
 
-    def on_canceling(self, pid: int, key: int, grace_ms: int | None) -> None:
+    def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
         """Another session has asked a worker to stop. If it has ended, the signal must not meet the next job."""
         for worker in (self._workers.get(pid), self._elsewhere.get(key)):
             if worker is not None and worker.key == key:
-                worker.on_canceling(grace_ms)
+                worker.on_canceling(terminate_at)
         session = self._pool.remove(pid)
         if session is not None:
             self._end_session(session)

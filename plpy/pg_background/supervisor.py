@@ -702,7 +702,7 @@ class Supervisor:
                 job.kill_at = time.monotonic() + grace_ms / 1000
             channel = self._channels.get(pid)
             if channel is not None and channel.link is not None and channel.link is not link:
-                self._send(channel.link, [messages.CANCELING, pid, job.row[KEY], grace_ms])
+                self._send(channel.link, [messages.CANCELING, pid, job.row[KEY], job.kill_at])
         self._cancels.append((link, request, job))
 
     def _answer_cancels(self, now: float) -> None:

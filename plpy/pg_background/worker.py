@@ -482,11 +482,15 @@ class Worker:
             return replace(report, sqlstate=ADMIN_SHUTDOWN, message=TERMINATED, hint=None, detail=None)
         return report
 
-    def on_canceling(self, grace_ms: int | None) -> None:
-        """A session has asked it to stop, and the supervisor sends, or has sent, signals."""
+    def cancel(self, grace_ms: int | None) -> None:
+        """Note that this session has the supervisor stop it, and terminate it after the grace."""
+        self.on_canceling(None if grace_ms is None else time.monotonic() + grace_ms / 1000)
+
+    def on_canceling(self, terminate_at: float | None) -> None:
+        """The supervisor sends, or has sent, signals; the last one at that time.monotonic()."""
         self.cancel_requested = self.signaled = True
-        if grace_ms is not None:
-            self._terminate_at = time.monotonic() + grace_ms / 1000
+        if terminate_at is not None:
+            self._terminate_at = terminate_at
 
     def _was_canceled(self) -> bool:
         """Whether our cancel ended it: 57014, or 57P01 after the grace."""
