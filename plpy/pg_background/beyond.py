@@ -73,6 +73,7 @@ class Beyond:
         self._runtime = runtime
         self._server = server
         self._registry = registry
+        self._runs: dict[str, Worker] = {}  # of run_query, until they are read
 
     def report_of(self, error: Exception) -> Report:
         """The report for an exception that the user is to see."""
@@ -157,26 +158,33 @@ class Beyond:
 
     @reply
     def run_query(
-        self, sql: str | None, queue_size: int | None, timeout_ms: int | None, label: str | None, col_def: str | None
+        self,
+        run: str,
+        sql: str | None,
+        queue_size: int | None,
+        timeout_ms: int | None,
+        label: str | None,
+        col_def: str | None,
     ) -> str:
-        """Launch, and wait if there is a timeout: "pid,cookie" of a worker that is to be read at once."""
+        """Launch, and wait if there is a timeout: "pid,cookie" of a worker that is to be read at once.
+
+        run: names it to abandon(), as a cancel can come before this answer has arrived.
+        """
+        self._runs = {name: old for name, old in self._runs.items() if self._registry.tracked(old.pid) is old}
         if col_def is not None:
             self._check_column_list(col_def)
         deadline = _deadline(timeout_ms)
         worker = self._runtime.launch_job(_given(sql), queue_size or 0, label=_checked_label(label))
-        try:
-            if deadline is not None and not worker.wait(deadline):
-                self._stop(worker, timeout_ms)
-        except BaseException:
-            self._abandon(worker)
-            raise
+        self._runs[run] = worker
+        if deadline is not None and not worker.wait(deadline):
+            self._stop(worker, timeout_ms)
         return f"{worker.pid},{worker.cookie}"
 
     @reply
-    def abandon(self, pid: int, cookie: int) -> str:
-        """Let go of the worker of a run that has failed half-way, and cancel it. Raises no error."""
-        worker = self._registry.tracked(pid)
-        if worker is not None and worker.cookie == cookie:
+    def abandon(self, run: str) -> str:
+        """Cancel the worker of a run_query that has failed half-way, and let it go, if it still is there."""
+        worker = self._runs.pop(run, None)
+        if worker is not None and self._registry.tracked(worker.pid) is worker:
             self._abandon(worker)
         return ""
 
