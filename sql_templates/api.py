@@ -399,6 +399,16 @@ API: tuple[Function, ...] = (
         V1,
     ),
     Function(
+        "pg_background_check",
+        (),
+        "TABLE (prerequisite text, status text, detail text, remedy text)",
+        "Tries each thing that background workers need, and works where launching fails: server, libpq and psycopg,"
+        " roles, settings, connections, loopback login, identity switch, supervisor. status is ok or failed, remedy"
+        " says what to do.",
+        "v2",
+        OBSERVE,
+    ),
+    Function(
         "grant_pg_background_privileges",
         _PRIVILEGES,
         "boolean",
@@ -479,6 +489,7 @@ INTERNAL: tuple[Internal, ...] = (
         "waits for the ends of all these workers; reply: their outcomes as JSON.",
     ),
     Internal("_pg_background_take", ("text",), "cancels or releases all workers of this session; reply: how many."),
+    Internal("_pg_background_check", (), "reply: what background workers need, and whether it is there, as JSON."),
     Internal(
         "_pg_background_cancel_by_label",
         ("text", "int4"),

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .registry import Registry
     from .results import Column
     from .server import Server
+    from .settings import Configurations
 
 _MAX_LABEL_CHARACTERS = 1000
 _MAX_PARAMETERS = 65535  # the protocol counts them in 16 bits
@@ -69,10 +70,11 @@ _COLUMNS_OF_TYPE = """
 class Beyond:
     """The calls that version 1.8 does not have."""
 
-    def __init__(self, runtime: Runtime, server: Server, registry: Registry) -> None:
+    def __init__(self, runtime: Runtime, server: Server, registry: Registry, configurations: Configurations) -> None:
         self._runtime = runtime
         self._server = server
         self._registry = registry
+        self._configurations = configurations
         self._runs: dict[str, Worker] = {}  # of run_query, until they are read
 
     def report_of(self, error: Exception) -> Report:
@@ -387,6 +389,16 @@ class Beyond:
                 worker.wait(deadline)
                 self._registry.count_end(worker)
         return len(workers)
+
+    # --- self-check ---
+
+    @reply
+    def check(self) -> str:
+        """A JSON array of rows of pg_background_check()."""
+        from .selfcheck import SelfCheck
+
+        checks = SelfCheck(self._server, self._registry, self._configurations, self.report_of)
+        return json.dumps([finding._asdict() for finding in checks.findings()])
 
     def _managed(self) -> list[Worker]:
         """The tracked workers that the caller may manage, each up to date."""

@@ -80,7 +80,7 @@ class Runtime:
         """The calls that version 1.8 does not have; compiled when one of them is first made."""
         from .beyond import Beyond
 
-        return Beyond(self, self._server, self._registry)
+        return Beyond(self, self._server, self._registry, self._configurations)
 
     def report_of(self, error: Exception) -> Report:
         """The report for an exception that the user is to see; re-raises what is a defect of ours."""

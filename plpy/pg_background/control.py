@@ -92,7 +92,6 @@ class Control:
         self._read_source = read_source
         self._path = messages.socket_path(server.database_oid)
         self._socket: socket.socket | None = None
-        self.connections = 0  # so many there have been
         self._requests = 0
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
@@ -105,6 +104,17 @@ class Control:
         """What to poll for news; None where there is no connection."""
         return None if self._socket is None else self._socket.fileno()
 
+    @property
+    def connections(self) -> int:
+        """How many connections to a supervisor there have been."""
+        return self._connections
+
+    @property
+    def supervisor_pid(self) -> int:
+        """The process at the other end, once ensure() has returned."""
+        assert self._socket is not None
+        return messages.peer_pid(self._socket)
+
     def ensure(self) -> None:
         """Connect to the database's supervisor, which this starts where there is none."""
         if self._socket is not None and not self._moved:
@@ -112,7 +122,6 @@ class Control:
         connection = self._connection()
         old, self._socket, self._moved = self._socket, connection, False
         self._connections += 1
-        self.connections += 1
         try:
             if old is not None:
                 self._leave(old)

@@ -170,6 +170,12 @@ class Registry:
                 raise
         return session
 
+    def prove_session(self, configuration: Configuration) -> list[str]:
+        """Start a worker session of the caller's, as a launch would, and end it: its current and its session user."""
+        session = self._new_session(self.server.caller(), configuration.guc_state, time.monotonic())
+        self._end_session(session)
+        return session.users[:2]
+
     def _new_session(self, role_oid: int, guc_state: bytes, deadline: float) -> WorkerSession:
         while True:
             try:
