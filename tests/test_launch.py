@@ -22,8 +22,9 @@ def log_table(alice: Session) -> str:
 
 def test_v1_launch_returns_the_pid_of_a_backend(alice: Session, conn: Session) -> None:
     pid = alice.value("SELECT pg_background_launch('SELECT pg_sleep(30)')")
-    seen = conn.rows("SELECT application_name, state FROM pg_stat_activity WHERE pid = %s", (pid,))
-    assert seen == [("pg_background", "active")]
+    # launch returns when the SQL has been sent, which is a little before the backend starts on it.
+    seen = "SELECT application_name, state FROM pg_stat_activity WHERE pid = %s"
+    wait_until(lambda: conn.rows(seen, (pid,)) == [("pg_background", "active")], what="the active worker")
     assert pid != alice.pid
     conn.execute("SELECT pg_cancel_backend(%s)", (pid,))
     with sqlstate("57014"):
