@@ -560,6 +560,19 @@ def test_statement_timeout_of_the_database_does_not_end_the_set_up(
     assert job(session, WHO, WHO_COLUMNS) == identified(alice)
 
 
+def test_session_is_reused_under_a_statement_timeout_of_the_role(
+    connect: Connect, role: NewRole, conn: Session
+) -> None:
+    alice = role("alice")
+    conn.execute(sql.SQL("ALTER ROLE {} SET statement_timeout = '10min'").format(sql.Identifier(alice)))
+    session = connect(alice)
+    assert value(session, "current_setting('statement_timeout')") == "10min"
+    pid = value(session, "pg_backend_pid()")
+    session.execute("SET work_mem = '2MB'")
+    assert value(session, "pg_backend_pid()") == pid
+    assert value(session, "current_setting('statement_timeout')") == "10min"
+
+
 def test_floats_keep_their_digits_whatever_the_launcher_shows(connect: Connect, role: NewRole) -> None:
     session = connect(role("alice"), parameters={"options": "-c extra_float_digits=-3"})
     assert value(session, "current_setting('extra_float_digits')") == "1"
@@ -578,7 +591,7 @@ def test_system_user_is_the_launchers_in_parallel_workers_too(
     for session in (alice, connect(role("chief", superuser=True))):
         own = session.value("SELECT SYSTEM_USER")
         for parallel in ("off", "on"):
-            session.execute(f"SET debug_parallel_query = {parallel}")  # type: ignore[arg-type]
+            session.execute(f"SET debug_parallel_query = {parallel}")
             shown = value(session, "SYSTEM_USER")
             assert shown == own or (own is None and shown == f"trust:{role_oid(conn, session.info.user)}")
 
@@ -708,13 +721,13 @@ def _lose_worker(alice: Session, conn: Session, locker: Session, catalog: str, s
     blocked = "SELECT l.pid FROM pg_locks l WHERE NOT l.granted AND l.pid <> %s AND l.relation = %s::regclass"
     relation = conn.value("SELECT %s::regclass::oid", (catalog,))
     with locker.transaction():
-        locker.execute(f"LOCK TABLE pg_catalog.{catalog} IN ACCESS EXCLUSIVE MODE")  # type: ignore[arg-type]
+        locker.execute(f"LOCK TABLE pg_catalog.{catalog} IN ACCESS EXCLUSIVE MODE")
         thread = threading.Thread(target=launch)
         thread.start()
         try:
             ((pid,),) = wait_until(lambda: locker.rows(blocked, (locker.pid, relation)), what="a blocked worker")
             if pid != alice.pid:
-                locker.execute(f"SELECT {signal}(%s)", (pid,))  # type: ignore[arg-type]
+                locker.execute(f"SELECT {signal}(%s)", (pid,))
                 wait_until(lambda: outcome, what="the launch's end")
         finally:
             locker.execute("SELECT 1")
@@ -732,7 +745,7 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
     """alice plants; a superuser whose search_path starts with her schema calls by qualified name."""
     schema = sql.Identifier(alice.info.user).as_string(None)
     alice.execute("CREATE TABLE touched (what text)")
-    alice.execute(f"GRANT INSERT ON {schema}.touched TO PUBLIC")  # type: ignore[arg-type]
+    alice.execute(f"GRANT INSERT ON {schema}.touched TO PUBLIC")
     bodies = {
         "format(text, text)": "text", "format(text, text, text)": "text", "concat(text, text)": "text",
         "left(text, int)": "text", "substr(text, int)": "text", "replace(text, text, text)": "text",
@@ -742,7 +755,7 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
     }  # fmt: skip
     for signature, returned in bodies.items():
         alice.execute(
-            f"CREATE FUNCTION {schema}.{signature} RETURNS {returned} LANGUAGE plpgsql AS"  # type: ignore[arg-type]
+            f"CREATE FUNCTION {schema}.{signature} RETURNS {returned} LANGUAGE plpgsql AS"
             f" $$ BEGIN INSERT INTO {schema}.touched VALUES ($f${signature}$f$); RETURN NULL; END $$"
         )
     operators = {
@@ -756,16 +769,16 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
             name = f"op_{abs(hash(operator))}_{number}"
             returned = "text" if operator in ("||", "->>") else "bool"
             alice.execute(
-                f"CREATE FUNCTION {schema}.{name}({left}, {right}) RETURNS {returned} LANGUAGE plpgsql AS"  # type: ignore[arg-type]
+                f"CREATE FUNCTION {schema}.{name}({left}, {right}) RETURNS {returned} LANGUAGE plpgsql AS"
                 f" $$ BEGIN INSERT INTO {schema}.touched VALUES ($f${operator} {pair}$f$); RETURN NULL; END $$;"
                 f"CREATE OPERATOR {schema}.{operator}"
                 f" (FUNCTION = {schema}.{name}, LEFTARG = {left}, RIGHTARG = {right})"
             )
     for relation in ("pg_roles", "pg_authid", "pg_extension", "pg_depend", "pg_proc", "pg_settings", "pg_database"):
-        alice.execute(f"CREATE VIEW {schema}.{relation} AS SELECT 1/0 AS oid")  # type: ignore[arg-type]
+        alice.execute(f"CREATE VIEW {schema}.{relation} AS SELECT 1/0 AS oid")
     for planted in ("record", "jsonb", "json", "text", "int4", "int8", "bool", "name", "oid", "bytea", "regclass"):
         alice.execute(
-            f"CREATE DOMAIN {schema}.{planted} AS pg_catalog.text"  # type: ignore[arg-type]
+            f"CREATE DOMAIN {schema}.{planted} AS pg_catalog.text"
             f" CHECK (pg_catalog.length(VALUE) OPERATOR(pg_catalog.<) 0)"
         )
     victim = connect()
@@ -779,17 +792,17 @@ def test_planted_objects_are_never_used(alice: Session, connect: Connect, conn: 
     assert victim.value("SELECT public.pg_background_wait_v2_timeout(%s, %s, 10000)", handle)
     columns = "AS r(a pg_catalog.int4, b pg_catalog.text)"
     result = f"SELECT * FROM public.pg_background_result_v2(%s, %s) {columns}"
-    assert victim.rows(result, handle) == [(1, "x")]  # type: ignore[arg-type]
+    assert victim.rows(result, handle) == [(1, "x")]
     with sqlstate("23505"):
         victim.rows(
-            result,  # type: ignore[arg-type]
+            result,
             victim.rows(
                 launch,
                 ("CREATE TEMP TABLE t (a pg_catalog.int4 PRIMARY KEY); INSERT INTO t VALUES (1), (1)",),
             )[0],
         )  # fmt: skip
     with sqlstate("42704"):
-        victim.rows(result, (1, 1))  # type: ignore[arg-type]
+        victim.rows(result, (1, 1))
     handle = victim.rows(launch, ("SELECT pg_catalog.pg_sleep(0)",))[0]
     victim.execute("SELECT public.pg_background_detach_v2(%s, %s)", handle)
     assert alice.rows("SELECT DISTINCT what FROM touched") == []
@@ -831,7 +844,7 @@ def test_internal_functions_withstand_made_up_arguments(alice: Session, call: st
     raised: psycopg.Error | None = None
     rows = []
     try:
-        rows = alice.rows(f"SELECT public.{call}")  # type: ignore[arg-type]
+        rows = alice.rows(f"SELECT public.{call}")
     except psycopg.Error as error:
         raised = error
     # These two cannot reply with a report; nobody calls them so but by hand.
@@ -855,8 +868,8 @@ def test_internal_functions_give_another_role_nothing(connect: Connect, role: Ne
         f"_pg_background_checked(public._pg_background_detach({pid}, 0))",
     ):
         with sqlstate("42501"):
-            session.execute(f"SELECT public.{call}")  # type: ignore[arg-type]
+            session.execute(f"SELECT public.{call}")
     with pytest.raises(psycopg.Error, match="permission denied for the background worker"):
-        session.execute(f"SELECT public._pg_background_batches({pid})")  # type: ignore[arg-type]
+        session.execute(f"SELECT public._pg_background_batches({pid})")
     session.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(alice)))
     assert session.rows("SELECT * FROM public.pg_background_result(%s) AS r(v text)", (pid,)) == [("hers",)]

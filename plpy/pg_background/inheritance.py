@@ -156,9 +156,10 @@ class Inheritance:
         A reset value that it was not given is the server's own, which it has anyway.
         """
         computed = self.again(guc_state, inherited)
-        given = {name: value for name, value, *_ in inherited.resets}
+        given = {(name, source): (value, setter) for name, value, source, setter in inherited.resets}
         return computed.startup == inherited.startup and all(
-            given.get(name, value) == value for name, value, *_ in computed.resets
+            given.get((name, source), (value, setter)) == (value, setter)
+            for name, value, source, setter in computed.resets
         )
 
     def _timeouts_off(self) -> tuple[bytes, ...]:
