@@ -199,7 +199,7 @@ class Worker:
             "history_ms": self.configuration.history_ms,
             "consumed": self.consumed,
         }
-        self._control.tell([messages.JOB, row, extras], session)
+        self._control.tell([messages.JOB, row, {name: value for name, value in extras.items() if value}], session)
         self.announced = True
 
     @property
