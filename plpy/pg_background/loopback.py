@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 APPLICATION_NAME = "pg_background"
 _CONNECT_TIMEOUT_S = 60
+_DESCRIPTORS_TO_CONNECT = 3  # at most, at a time: the socket, and files that libpq reads
 _MAX_PATH_BYTES = 1024
 
 
@@ -177,6 +178,8 @@ class Loopback:
     def _refused(self, login: Login, message: str) -> Exception:
         if not self._server.has_free_slots(1):
             return _too_many_connections(message)
+        if not _can_open(_DESCRIPTORS_TO_CONNECT):
+            return _out_of_descriptors()
         return background_error(
             UNABLE_TO_CONNECT,
             f'a background worker could not log in as "{login.name}" over the unix socket',
@@ -222,6 +225,20 @@ def _too_many_connections(message: str | None = None) -> Exception:
         detail=message,
         hint="Raise max_connections, lower pg_background.max_workers, or set pg_background.launch_timeout to wait.",
     )
+
+
+def _can_open(count: int) -> bool:
+    """Whether this process may open so many files; libpq does not tell why it could not connect."""
+    opened: list[int] = []
+    try:
+        for _ in range(count):
+            opened.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))  # noqa: PERF401 - to be closed
+    except OSError:
+        return False
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    return True
 
 
 def _out_of_descriptors() -> Exception:

@@ -9,11 +9,11 @@ _START_FIELD = 19  # of /proc/PID/stat, counted from behind the command's name: 
 
 
 def process_start(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when it is gone."""
+    """When a process started, in clock ticks since boot; None when it is gone. OSError without a descriptor left."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as stat:
             return int(stat.read().rpartition(b")")[2].split()[_START_FIELD])
-    except (OSError, IndexError, ValueError):
+    except (FileNotFoundError, ProcessLookupError, IndexError, ValueError):
         return None
 
 
@@ -24,15 +24,22 @@ class Process:
         self._pid = pid
         self._start = start
         self._pidfd = open_pidfd(pid)
-        if self._pidfd is not None and process_start(pid) != start:
-            self.close()  # of another process, which has the pid now
+        if self._pidfd is not None and not self._is_same():
+            self.close()
+
+    def _is_same(self) -> bool:
+        """Whether the pid is not another process's by now, as far as can be told."""
+        try:
+            return self._start is not None and process_start(self._pid) == self._start
+        except OSError:
+            return False
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal, if the process is still there."""
         try:
             if self._pidfd is not None:
                 signal.pidfd_send_signal(self._pidfd, number)
-            elif self._start is not None and process_start(self._pid) == self._start:
+            elif self._is_same():
                 os.kill(self._pid, number)
         except ProcessLookupError:
             return

@@ -419,7 +419,7 @@ class Supervisor:
         self._mark_dirty(row)
         timeout_ms = extras.get("timeout_ms", 0)
         if timeout_ms:
-            heapq.heappush(self._deadlines, (time.monotonic() + timeout_ms / 1000, key))
+            heapq.heappush(self._deadlines, (job.started + timeout_ms / 1000, key))
         channel.reads = row["submitted"]
         if extras.get("unknown_position"):
             self._drain(channel)
@@ -613,6 +613,9 @@ class Supervisor:
         if not position.consumed and len(window) == channel.window and channel.window < _MAX_WINDOW_BYTES:
             channel.window *= 2
             return True
+        if not position.consumed and not position.skip and _has_no_more(channel.connection, len(window)):
+            # The last word of a backend that was terminated: no end of its answer follows.
+            return self._lost(channel, b"")
         return bool(position.consumed) and channel.answers_left > 0
 
     def _answered(self, channel: Channel) -> None:
@@ -945,6 +948,11 @@ def _receive_from(connection: socket.socket, size: int, flags: int) -> bytes | N
         return None
     except OSError:
         return b""
+
+
+def _has_no_more(connection: socket.socket, size: int) -> bool:
+    """Whether the other end has gone, and nothing lies unread but so many bytes."""
+    return _hung_up(connection) and len(_receive_from(connection, size + 1, socket.MSG_PEEK) or b"") == size
 
 
 def _hung_up(connection: socket.socket) -> bool:
