@@ -29,7 +29,12 @@ from build import find_server  # noqa: E402
 from examples.scratch import ScratchServer, scratch_server  # noqa: E402
 
 REPORT, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
-OURS, OPEN, PER_CALL, FLOOR = "pg_background", "dblink, open connection", "dblink, connection per call", "psycopg client"
+OURS, OPEN, PER_CALL, FLOOR = (
+    "pg_background",
+    "dblink, open connection",
+    "dblink, connection per call",
+    "psycopg client",
+)
 INSERT = "INSERT INTO log VALUES (1, 'audit')"
 
 _SETTINGS = """\
@@ -143,7 +148,9 @@ def interleaved(
 
 def _text_row(measured: Measured) -> str:
     medians = {name: statistics.median(values) * measured.scale for name, values in measured.seconds.items()}
-    return f"{measured.scenario}: " + ", ".join(f"{name} {value:.1f} {measured.unit}" for name, value in medians.items())
+    return f"{measured.scenario}: " + ", ".join(
+        f"{name} {value:.1f} {measured.unit}" for name, value in medians.items()
+    )
 
 
 def small_jobs(server: ScratchServer, repeats: int) -> Iterable[Measured]:
@@ -183,7 +190,10 @@ def small_jobs(server: ScratchServer, repeats: int) -> Iterable[Measured]:
     )
     yield interleaved(
         "submit, a burst of 1,000, a call",
-        {OURS: lambda: warm.timed("CALL submits(1000)", 1000), OPEN: lambda: warm.timed("CALL dblink_open(1000)", 1000)},
+        {
+            OURS: lambda: warm.timed("CALL submits(1000)", 1000),
+            OPEN: lambda: warm.timed("CALL dblink_open(1000)", 1000),
+        },
         repeats,
     )
     _wait_until_idle(warm)
@@ -210,8 +220,11 @@ def fan_outs(server: ScratchServer, repeats: int) -> Iterable[Measured]:
     fresh = Session(server, "app", pool_size=0)
     for width in (1, 2, 4, 8, 16):
         call = f"CALL fan_out({width})"
-        yield interleaved(f"fan-out of {width} × SELECT 1 and gather, warm", {OURS: lambda: session.timed(call)}, repeats)  # noqa: B023
-    yield interleaved("fan-out of 8, fresh backends", {OURS: lambda: fresh.timed("CALL fan_out(8)")}, repeats, "ms", 1e3)
+        name = f"fan-out of {width} × SELECT 1 and gather, warm"
+        yield interleaved(name, {OURS: lambda: session.timed(call)}, repeats)  # noqa: B023
+    yield interleaved(
+        "fan-out of 8, fresh backends", {OURS: lambda: fresh.timed("CALL fan_out(8)")}, repeats, "ms", 1e3
+    )
 
 
 def rows(server: ScratchServer, repeats: int) -> Iterable[Measured]:
@@ -222,8 +235,10 @@ def rows(server: ScratchServer, repeats: int) -> Iterable[Measured]:
     shapes = {
         "2M rows of one int": ("SELECT g FROM generate_series(1, 2000000) g", "(a int)"),
         "1M rows of int, text, timestamptz, float8": (
-            "SELECT g, 'row ' || g, timestamptz '2024-01-01' + g * interval '1 s', g / 7.0::float8"
-            " FROM generate_series(1, 1000000) g",
+            (
+                "SELECT g, 'row ' || g, timestamptz '2024-01-01' + g * interval '1 s', g / 7.0::float8"
+                " FROM generate_series(1, 1000000) g"
+            ),
             "(a int, b text, c timestamptz, d float8)",
         ),
         "10,000 rows of 50 columns": (
@@ -236,7 +251,11 @@ def rows(server: ScratchServer, repeats: int) -> Iterable[Measured]:
         ours = f"SELECT count(*) FROM pg_background_result(pg_background_launch({literal})) AS {shape}"
         rival = f"SELECT count(*) FROM dblink('kept', {literal}) AS t{shape}"
         yield interleaved(
-            scenario, {OURS: lambda: session.timed(ours), OPEN: lambda: session.timed(rival)}, min(repeats, 5), "ms", 1e3  # noqa: B023
+            scenario,
+            {OURS: lambda: session.timed(ours), OPEN: lambda: session.timed(rival)},  # noqa: B023
+            min(repeats, 5),
+            "ms",
+            1e3,
         )
 
 
@@ -349,7 +368,8 @@ def tracked_workers(server: ScratchServer, repeats: int) -> Iterable[Measured]:
 
 def environment(server: ScratchServer, bin_folder: Path) -> list[str]:
     """What the figures were measured on."""
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "?")  # noqa: PTH123, SIM115
+    lines = Path("/proc/cpuinfo").read_text("ascii").splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
     version = subprocess.run([bin_folder / "postgres", "--version"], capture_output=True, text=True, check=True)
     with psycopg.connect(f"host={server.folder} port={server.port} dbname=bench user=postgres") as connection:
         check = connection.execute(
@@ -358,22 +378,41 @@ def environment(server: ScratchServer, bin_folder: Path) -> list[str]:
         ).fetchone()
     assert check is not None
     return [
-        f"Date: {datetime.now(timezone.utc):%Y-%m-%d}. {os.cpu_count()} cores ({cpu}), {platform.system()} {platform.release()}.",
-        f"{version.stdout.strip()}; {check[0]}; client psycopg {psycopg.__version__}, Python {platform.python_version()}.",
+        (
+            f"Date: {datetime.now(timezone.utc):%Y-%m-%d}. {os.cpu_count()} cores ({cpu}), {platform.system()}"
+            f" {platform.release()}."
+        ),
+        (
+            f"{version.stdout.strip()}; {check[0]}; client psycopg {psycopg.__version__},"
+            f" Python {platform.python_version()}."
+        ),
     ]
 
 
 def report(measurements: list[Measured], facts: list[str]) -> str:
     """docs/benchmarks.md."""
-    lines = ["# Benchmarks", "", "Written by `make bench`, which measures all rivals interleaved in one run. The machine drifts, so", "the ratios count. A figure is a median; in brackets the first and third quartile.", ""]
-    lines += [*facts, "", "![Ratios](benchmarks.svg)", "", "| scenario | ratio | pg_background | rivals |", "|---|---|---|---|"]
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `make bench`, which measures all rivals interleaved in one run. The machine drifts, so the ratios",
+        "count. A figure is a median; in brackets the first and third quartile.",
+        "",
+        *facts,
+        "",
+        "![Ratios](benchmarks.svg)",
+        "",
+        "| scenario | ratio | pg_background | rivals |",
+        "|---|---|---|---|",
+    ]
     for measured in measurements:
         ours = statistics.median(measured.seconds[OURS])
         ratios = "; ".join(
-            f"{ours / statistics.median(values):.2f} × {name}" for name, values in measured.seconds.items() if name != OURS
+            f"{ours / statistics.median(values):.2f} × {name}"
+            for name, values in measured.seconds.items()
+            if name != OURS
         )
         rivals = "; ".join(f"{name}: {_figure(measured, name)}" for name in measured.seconds if name != OURS)
-        lines.append(f"| {measured.scenario} | {ratios or '–'} | {_figure(measured, OURS)} | {rivals or '–'} |")
+        lines.append(f"| {measured.scenario} | {ratios or '-'} | {_figure(measured, OURS)} | {rivals or '-'} |")
     return "\n".join(lines) + "\n"
 
 
@@ -414,7 +453,8 @@ def create_database(server: ScratchServer) -> None:
     server.psql("CREATE DATABASE bench")
     server.psql("CREATE ROLE app LOGIN")
     server.psql("CREATE EXTENSION pg_background CASCADE; CREATE EXTENSION dblink", "bench")
-    server.psql("GRANT pgbackground_role TO app; GRANT EXECUTE ON FUNCTION dblink_connect_u(text, text) TO app", "bench")
+    server.psql("GRANT pgbackground_role TO app", "bench")
+    server.psql("GRANT EXECUTE ON FUNCTION dblink_connect_u(text, text) TO app", "bench")
     server.psql(_SCHEMA.format(columns=columns, insert=INSERT.replace("'", "''")), "bench")
     server.psql("GRANT ALL ON ALL TABLES IN SCHEMA public TO app", "bench")
 

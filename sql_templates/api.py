@@ -136,8 +136,10 @@ API: tuple[Function, ...] = (
             ((_SQL, Argument("queue_size", "int4"), _LABEL), "a label for people, which the views show"),
             (
                 (_SQL, Argument("queue_size", "int4"), _LABEL, _PARAMS),
-                "a label, and with values for $1, $2 and so on. The server binds them, with types that it infers as for"
-                " a prepared statement; they are never part of the SQL. sql must be a single statement (42601)",
+                (
+                    "a label, and with values for $1, $2 and so on. The server binds them, with types that it infers as"
+                    " for a prepared statement; they are never part of the SQL. sql must be a single statement (42601)"
+                ),
             ),
         )
     ),
@@ -303,9 +305,9 @@ API: tuple[Function, ...] = (
         "pg_background_outcome_v2",
         _HANDLE,
         "pg_background_outcome",
-        "What became of a worker, of any session: pid, cookie, state, consumed, completed (it has ended), has_error (and"
-        " not well), row_count, command_tag, sqlstate, error_message, label, launched_at. All NULL for a handle that is"
-        " unknown or that the caller may not manage; raises no error.",
+        "What became of a worker, of any session: pid, cookie, state, consumed, completed (it has ended), has_error"
+        " (and not well), row_count, command_tag, sqlstate, error_message, label, launched_at. All NULL for a handle"
+        " that is unknown or that the caller may not manage; raises no error.",
         "v2",
         OBSERVE,
     ),
@@ -450,7 +452,7 @@ INTERNAL: tuple[Internal, ...] = (
         "starts a worker with a label and parameters; reply: its handle.",
     ),
     Internal("_pg_background_launch_v1", ("text", "int4"), "starts a worker with cookie 0; reply: its pid."),
-    Internal("_pg_background_submit", ("text", "int4"), "starts a worker whose output is thrown away; reply: its handle."),
+    Internal("_pg_background_submit", ("text", "int4"), "starts a worker that keeps no output; reply: its handle."),
     Internal("_pg_background_open_result", ("int4", "int8"), "waits for rows; reply: the query that delivers them."),
     Internal("_pg_background_batches", ("int4",), "batches of an opened result, a literal for each column."),
     Internal("_pg_background_close_result", ("int4",), "ends the reading of a result; reply: nothing, or its error."),

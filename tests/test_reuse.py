@@ -95,7 +95,7 @@ def test_a_tracked_workers_pid_is_not_given_to_another(alice: Session) -> None:
 
 def test_kept_sessions_are_not_shared_between_roles(conn: Session, role: Callable[..., str]) -> None:
     first, second = role("first"), role("second")
-    pids = {}
+    pids: dict[str, int] = {}
     for name in (first, second, first, second):
         conn.execute(f'SET ROLE "{name}"')
         user, pid = run(conn, "SELECT current_user::text, pg_backend_pid()", "u text, pid int")[0]
@@ -159,7 +159,8 @@ def test_settings_do_not_stay(alice: Session, how: str) -> None:
     pid = leave(alice, "SET work_mem = '7MB'; SET datestyle = 'German'; SET TimeZone = 'Asia/Tokyo'", how)
     shown = run(
         alice,
-        "SELECT pg_backend_pid(), current_setting('work_mem'), current_setting('datestyle'), current_setting('timezone')",
+        "SELECT pg_backend_pid(), current_setting('work_mem'), current_setting('datestyle'),"
+        " current_setting('timezone')",
         "pid int, a text, b text, c text",
     )
     expected = [alice.value(f"SHOW {name}") for name in ("work_mem", "datestyle", "timezone")]

@@ -123,7 +123,8 @@ class Loopback:
             connection.finish()
             raise self._refused(login, message.strip())
         connection.nonblocking = 1
-        return connection
+        opened: PGconn = connection
+        return opened
 
     def _finish_connecting(self, connection: PGconn, deadline: float) -> None:
         polling = self._pq.PollingStatus

@@ -319,6 +319,7 @@ class Registry:
 
     def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
         """A job that the supervisor reads has ended, or its session was cleaned for reuse."""
+        del pid  # the key says it all
         worker = self._elsewhere.pop(key, None)
         if worker is not None and changes is not None:
             worker.on_ended(changes)

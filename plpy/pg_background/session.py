@@ -60,7 +60,7 @@ def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -
         # libpq's own words: the connection is gone.
         message = server.decode(result.error_message or b"").strip()
         return backend_died(worker_pid, message)
-    return Report(worker_pid=worker_pid, **{"message": "", **fields})  # type: ignore[arg-type]
+    return Report(worker_pid=worker_pid, **{"message": "", **fields})
 
 
 def backend_died(worker_pid: int | None, detail: str | None = None) -> Report:
@@ -194,13 +194,7 @@ class WorkerSession:
             return not self._server.is_readable(self.connection.socket)
         all_read, unread, answer = b"", b"", wire.Answer()
         while self._answers_awaited:
-            try:
-                received = os.read(self.connection.socket, _WRITE_BYTES)
-            except BlockingIOError:
-                self._server.wait_for(((self.connection.socket, READABLE),), None)
-                continue
-            except OSError:
-                return False
+            received = self._read_some()
             if not received:
                 return False
             all_read += received
@@ -210,10 +204,19 @@ class WorkerSession:
             unread, answer = self._take_answers(unread + received, answer)
             if answer.error:
                 return False
-        if unread or not self._is_clean_answer(answer):
-            return False
-        self._proven_answer = all_read
-        return True
+        clean = not unread and self._is_clean_answer(answer)
+        self._proven_answer = all_read if clean else b""
+        return clean
+
+    def _read_some(self) -> bytes:
+        """What the worker has sent past libpq, waiting for it; empty when the connection has ended."""
+        while True:
+            try:
+                return os.read(self.connection.socket, _WRITE_BYTES)
+            except BlockingIOError:
+                self._server.wait_for_one(self.connection.socket, None)
+            except OSError:
+                return b""
 
     def _take_answers(self, window: bytes, answer: wire.Answer) -> tuple[bytes, wire.Answer]:
         """What is left of the window, and the last answer in it."""
