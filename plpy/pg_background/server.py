@@ -11,7 +11,7 @@ import os
 import select
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import INTERNAL_ERROR, BackgroundError, Report
 
@@ -26,6 +26,13 @@ class _PollDescriptor(ctypes.Structure):
     """struct pollfd."""
 
     _fields_ = (("fd", ctypes.c_int), ("events", ctypes.c_short), ("revents", ctypes.c_short))
+
+
+class Role(NamedTuple):
+    """What matters of a role."""
+
+    name: str
+    is_superuser: bool
 
 
 class Server:
@@ -122,6 +129,16 @@ class Server:
         if plan is None:
             plan = self._plans[sql] = self._plpy.prepare(sql, list(types))
         return list(self._plpy.execute(plan, list(arguments)))
+
+    def role(self, oid: int) -> Role | None:
+        """The role with this oid; None when there is none."""
+        rows = self.query(
+            "SELECT r.rolname::pg_catalog.text AS name, r.rolsuper AS is_superuser FROM pg_catalog.pg_roles r"
+            " WHERE r.oid OPERATOR(pg_catalog.=) $1",
+            ["pg_catalog.oid"],
+            [oid],
+        )
+        return Role(rows[0]["name"], bool(rows[0]["is_superuser"])) if rows else None
 
     def home(self) -> str:
         """The extension's schema, quoted."""

@@ -38,13 +38,6 @@ _FIELD_CODES = {
 
 # In a query of its own, between whose end and the job nothing runs: only what is committed proves anything.
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
-_PROVE_ROLE = (
-    b"SELECT pg_catalog.quote_ident(CURRENT_USER)::pg_catalog.regrole::pg_catalog.oid,"
-    b" pg_catalog.quote_ident(SESSION_USER)::pg_catalog.regrole::pg_catalog.oid,"
-    b" (SELECT CASE WHEN r.rolsuper THEN 'on' ELSE 'off' END FROM pg_catalog.pg_roles r"
-    b"  WHERE r.rolname OPERATOR(pg_catalog.=) CURRENT_USER),"
-)
-# Cheap enough for every reuse: the names must be those that were proved at the start.
 _WHO_AM_I = b"CURRENT_USER, SESSION_USER, pg_catalog.current_setting('is_superuser')"
 CLEAN_UP_ANSWERS = 2
 
@@ -149,15 +142,14 @@ class WorkerSession:
     def verify(self) -> None:
         """Prove that the session's user is the role, and that nothing leads back to another."""
         self.run(_FORGET_ROLES)
-        row = self.run(_PROVE_ROLE + _WHO_AM_I)
-        shown = [self._server.decode(row.get_value(0, column) or b"") for column in range(row.nfields)]
-        current, session, may_be_superuser, *self.users = shown
-        own = str(self.role_oid)
-        if current != own or session != own or may_be_superuser != self.users[2]:
+        row = self.run(b"SELECT " + _WHO_AM_I)
+        self.users = [self._server.decode(row.get_value(0, column) or b"") for column in range(row.nfields)]
+        role = self._server.role(self.role_oid)
+        if role is None or self.users != [role.name, role.name, "on" if role.is_superuser else "off"]:
             raise background_error(
                 INTERNAL_ERROR,
                 "the background worker did not become the launching role",
-                detail=f"Its users are {shown!r}, expected was role {self.role_oid}.",
+                detail=f"It says of its users and power: {self.users!r}; expected was {role!r}.",
                 hint="The worker was closed. Please report this with the server's version.",
             )
 
