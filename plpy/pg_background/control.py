@@ -21,6 +21,8 @@ ROLE = "pgbackground_supervisor"
 APPLICATION_NAME = "pg_background supervisor"
 _START_TIMEOUT_S = 30.0
 _RETRY_S = 0.002
+_START_ANEW = ("55P03", "57P01", "08006")  # another one serves, or this one was terminated
+_CONNECTION_OK = 0
 _MODULES = (
     "__init__",
     "bootstrap",
@@ -374,10 +376,16 @@ class Control:
                 if result is None:
                     return False
                 report = report_of(result, self._server)
-                if report.sqlstate == "55P03":
+                if report.sqlstate in _START_ANEW:
                     return False
                 raise BackgroundError(report)
             return True
+        except BackgroundError:
+            raise
+        except Exception:  # psycopg.OperationalError: not importable before psycopg is
+            if connection.status == _CONNECTION_OK:
+                raise
+            return False  # it was terminated at once
         finally:
             connection.finish()
 

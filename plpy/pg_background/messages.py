@@ -42,7 +42,8 @@ RECORD = "record"  # row that the sender cannot write any more
 WELCOME = "welcome"
 OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
 ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
-CANCELING = "canceling"  # worker pid, key, time.monotonic() of its termination or null: another session has asked the worker to stop
+# worker pid, key, time.monotonic() of its termination or null: another session has asked the worker to stop
+CANCELING = "canceling"
 MOVED = "moved"  # another supervisor will take over: connect anew
 NO_DESCRIPTOR = "no descriptor"  # this supervisor may not open more files; the connection ends
 REPLY = "reply"  # request, value
@@ -122,13 +123,29 @@ def receive(connection: socket.socket) -> Received | None:
         message = json.loads(packet)
         if flags & socket.MSG_TRUNC or not isinstance(message, list) or not message:
             raise ProtocolError("truncated, or no array")
-    except (ValueError, ProtocolError) as error:
+    except (ValueError, RecursionError, ProtocolError) as error:
         for descriptor in descriptors:
             os.close(descriptor)
         if isinstance(error, ProtocolError):
             raise
         raise ProtocolError(str(error)) from error
     return Received(message, tuple(descriptors))
+
+
+def receive_all(connection: socket.socket, limit: int) -> tuple[list[bytes], bool]:
+    """Up to `limit` packets that carry no descriptors, undecoded, and whether the other end is gone."""
+    packets: list[bytes] = []
+    try:
+        while len(packets) < limit:
+            packet = connection.recv(_MAX_BYTES)
+            if not packet:
+                return packets, True
+            packets.append(packet)
+    except BlockingIOError:
+        return packets, False
+    except OSError:
+        return packets, True
+    return packets, False
 
 
 def _receive_packet(connection: socket.socket) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:

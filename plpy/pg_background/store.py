@@ -15,6 +15,7 @@ COLUMNS = (
     "pid",
     "cookie",
     "launcher_pid",
+    "launcher_start",
     "role_oid",
     "label",
     "submitted",
@@ -56,6 +57,14 @@ class Store:
         self._encoding = plpy.execute("SELECT pg_catalog.getdatabaseencoding() AS encoding")[0]["encoding"]
         self._convert = plpy.prepare(
             "SELECT pg_catalog.convert_from($1, pg_catalog.getdatabaseencoding()) AS text", ["pg_catalog.bytea"]
+        )
+        self._alone = plpy.prepare(
+            "SELECT pg_catalog.count(*) OPERATOR(pg_catalog.=) 1 AS alone"
+            " FROM pg_catalog.pg_stat_get_activity(NULL) a"
+            " JOIN pg_catalog.pg_database d ON d.oid OPERATOR(pg_catalog.=) a.datid"
+            "  AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
+            " JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.usesysid"
+            "  AND r.rolname OPERATOR(pg_catalog.=) CURRENT_USER"
         )
         self._prepare()
 
@@ -154,6 +163,12 @@ class Store:
         rows = [dict(row) for row in self._plpy.execute(self._running)]
         self._plpy.commit()
         return rows
+
+    def is_alone(self) -> bool:
+        """Whether no other supervisor is there, which made room for this one and may still write."""
+        alone = bool(self._plpy.execute(self._alone)[0]["alone"])
+        self._plpy.commit()
+        return alone
 
     def prune(self) -> None:
         """Remove rows that ended longer ago than their history_ms, and the oldest beyond MAX_ROWS."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import json
 import os
 import select
 import signal
@@ -34,6 +35,8 @@ _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
 _RETRY_S = 1.0  # a table that could not be written is tried again after this
 _MAX_EVENTS = 1 << 16
+_REPORTS_S = 0.002  # a worker's reports are read so often: to be woken by each would cost it more than to send it
+_REPORTS_AT_ONCE = 1000
 _WINDOW_BYTES = 1 << 16
 _MAX_WINDOW_BYTES = 1 << 24
 _TAIL_BYTES = 1 << 17
@@ -51,6 +54,7 @@ class Link:
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.pid = messages.peer_pid(connection)
+        self.process_start = process_start(self.pid)
         self.outbox: deque[list[Any]] = deque()
         self.channels: set[int] = set()  # pids of workers
         self.closed = False
@@ -132,6 +136,9 @@ class Supervisor:
         self._jobs: dict[int, Job] = {}  # by key
         self._finished: deque[int] = deque()
         self._dirty: dict[int, Row] = {}
+        self._reporters: dict[int, Link] = {}  # by pid
+        self._resting: list[Link] = []  # those that are not polled for a moment
+        self._wake_at = 0.0  # when they are again
         self._unwritable = False  # at the last attempt
         self._written = 0  # rows
         self._inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
@@ -181,10 +188,13 @@ class Supervisor:
             self._fire_deadlines(now)
             if now >= self._tick_at:
                 self._tick(now)
+            if self._resting and now >= self._wake_at:
+                self._poll_reporters(now)
             if self._dirty and (now >= self._flush_at or len(self._dirty) >= _BATCH_ROWS):
                 self._flush()
             if self._is_done(now) and not self._epoll.poll(0):
                 break
+        self._end_drained()
         self._flush()
         self._retire()
 
@@ -197,6 +207,8 @@ class Supervisor:
             wake_at = min(wake_at, self._flush_at)
         if self._unwatched:
             wake_at = min(wake_at, self._tick_at)
+        if self._resting:
+            wake_at = min(wake_at, self._wake_at)
         if self._deadlines:
             wake_at = min(wake_at, self._deadlines[0][0])
         return max(0.0, wake_at - now)
@@ -219,11 +231,38 @@ class Supervisor:
             elif self._listener is not None and descriptor == self._listener.fileno():
                 self._accept()
         for link in reporting:
-            self._receive(link)
+            self._hear_reports(link)
+            self._resting.append(link)
         for descriptor, _ in events:
             channel = self._channel_of_fd.get(descriptor)
             if channel is not None:
                 self._ready.append(channel)
+
+    def _poll_reporters(self, now: float) -> None:
+        """Each is heard once, then rests until the next time."""
+        self._wake_at = now + _REPORTS_S
+        for link in self._resting:
+            if not link.closed:
+                self._epoll.modify(link.connection.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+        self._resting.clear()
+
+    def _hear_reports(self, link: Link) -> None:
+        """Of several reports of one job the last one counts."""
+        packets, gone = messages.receive_all(link.connection, _REPORTS_AT_ONCE)
+        channel = self._channels.get(link.pid)
+        started = channel.job.started if channel is not None and channel.job is not None else 0.0
+        try:
+            reports = [json.loads(packet) for packet in (packets[:1] + packets[-1:])]
+            if reports and (reports[0][3] < started) != (reports[-1][3] < started):
+                reports = [json.loads(packet) for packet in packets]
+            for kind, *arguments in reports:
+                if kind != messages.PROGRESS:
+                    raise messages.ProtocolError(kind)
+                self._on_progress(link, *arguments)
+        except (messages.ProtocolError, TypeError, ValueError, IndexError, RecursionError):
+            gone = True
+        if gone:
+            self._close_link(link)
 
     def _tick(self, now: float) -> None:
         self._tick_at = now + _TICK_S
@@ -355,6 +394,8 @@ class Supervisor:
         descriptor = link.connection.fileno()
         self._epoll.unregister(descriptor)
         del self._links[descriptor]
+        if self._reporters.get(link.pid) is link:
+            del self._reporters[link.pid]
         link.connection.close()
         for pid in list(link.channels):
             channel = self._channels.get(pid)
@@ -399,12 +440,14 @@ class Supervisor:
     # --- jobs ---
 
     def _on_job(self, link: Link, descriptors: list[int], row: Row, extras: dict[str, Any]) -> None:
-        row = dict(row, launcher_pid=link.pid)
+        row = dict(row, launcher_pid=link.pid, launcher_start=link.process_start)
         pid, key = int(row["pid"]), int(row[KEY])
         if extras.get("again"):
             row = self._row_so_far(row)
         if row["state"] != "running":
             self._tell_end(link, row)
+            return
+        if self._has_already(link, pid, key):
             return
         if descriptors:
             self._adopt(link, pid, row["process_start"], descriptors.pop(0))
@@ -429,6 +472,17 @@ class Supervisor:
         else:
             self._unwatched.add(key)
 
+    def _has_already(self, link: Link, pid: int, key: int) -> bool:
+        """Whether this job's stream is being read here: its session has only come back over another link."""
+        channel = self._channels.get(pid)
+        if channel is None or channel.job is None or channel.job.row[KEY] != key or not channel.job.running:
+            return False
+        if channel.link is not None:
+            channel.link.channels.discard(pid)
+        channel.link = link
+        link.channels.add(pid)
+        return True
+
     def _row_so_far(self, row: Row) -> Row:
         """A job that is handed over again: its progress, or its end, may be known already."""
         self._inherited.pop(row[KEY], None)
@@ -436,7 +490,7 @@ class Supervisor:
         known = job.row if job is not None else self._ask_store(lambda store: store.find_key(row[KEY]))
         if known is None:
             return row
-        if known["state"] != "running":
+        if known["state"] != "running" and known["sqlstate"] != "08006":  # not lost after all
             return dict(known)
         return dict(row, progress_pct=known.get("progress_pct"), progress_msg=known.get("progress_msg"))
 
@@ -541,6 +595,9 @@ class Supervisor:
     def _end(self, job: Job, changes: Row) -> None:
         """A job has ended, with this outcome; a second report of the same end changes little."""
         first = job.running
+        reporter = self._reporters.get(job.row["pid"])
+        if first and reporter is not None:
+            self._hear_reports(reporter)
         job.row.update(changes)
         if job.row.get("finished_at") is None:
             job.row["finished_at"] = _now()
@@ -660,13 +717,22 @@ class Supervisor:
             return True
         job = channel.job
         if job is not None and job.running:
-            answer = wire.last_answer(channel.tail, job.groups_after, job.tags_after)
+            answer = _drained_answer(channel, job)
             changes = self._outcome(job, answer) if answer is not None else _lost_connection(job)
             self._end(job, changes)
             if channel.link is not None:
                 self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, []])
         self._close_channel(channel)
         return False
+
+    def _end_drained(self) -> None:
+        """Note the ends that were read off already: a successor finds the rest of these streams only."""
+        for channel in self._channels.values():
+            job = channel.job
+            if job is not None and job.running and channel.drains:
+                answer = _drained_answer(channel, job)
+                if answer is not None:
+                    self._end(job, self._outcome(job, answer))
 
     def _outcome(self, job: Job, answer: wire.Answer) -> Row:
         """The changes that an answer makes to its job's row."""
@@ -796,6 +862,9 @@ class Supervisor:
         known = channel is not None and channel.job is not None
         link.reports = known or self._inherited_row(link.pid) is not None
         self._send(link, [messages.REPLY, request, link.reports])
+        if link.reports and not link.closed:
+            self._reporters[link.pid] = link
+            self._resting.append(link)
 
     def _on_progress(self, link: Link, percent: int, text: str | None, at: float) -> None:
         """A report may be read after the end of its job, even after the start of the next: `at` tells whose it is."""
@@ -887,6 +956,10 @@ class Supervisor:
         """What a predecessor left as running: sessions hand it over, that predecessor ends it, or it is lost."""
         rows = self._ask_store(lambda store: store.running()) or []
         self._inherited = {row[KEY]: row for row in rows}
+        if rows and self._ask_store(lambda store: store.is_alone()):
+            self._look_after_inherited()
+            self._look_after_inherited()
+            self._flush()
 
     def _look_after_inherited(self) -> None:
         """What has no process behind it will never tell how it ended.
@@ -897,7 +970,10 @@ class Supervisor:
         for key, row in self._inherited.items():
             channel = self._channels.get(row["pid"])
             another = channel is not None and channel.job is not None and channel.job.row[KEY] != key
-            if another or row["process_start"] != process_start(row["pid"]):
+            gone = row["process_start"] != process_start(row["pid"])
+            # The session holds the socket, in which the answer may lie.
+            orphaned = row["launcher_start"] != process_start(row["launcher_pid"])
+            if another or (gone and orphaned):
                 missing.add(key)
         lost, self._missing = missing & self._missing, missing
         if not lost:
@@ -934,6 +1010,15 @@ class Supervisor:
         self._listener.close()
         self._listener = None
         os.close(self._lock_fd)
+
+
+def _drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
+    """The job's answer, with as many of the clean-up's behind it as have come."""
+    for groups_after in range(job.groups_after, -1, -1):
+        answer = wire.last_answer(channel.tail, groups_after, job.tags_after)
+        if answer is not None:
+            return answer
+    return None
 
 
 def _now() -> str:

@@ -1,0 +1,517 @@
+"""The supervisor: one for each database, there when it is needed, gone when it is not, replaced when it dies."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psycopg
+import pytest
+
+from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
+from tests.supervision import descriptors, supervisor_pid, supervisor_pids, terminate_supervisor
+from tests.test_survival import ended, submit
+
+_EVERY_TIMEOUT_MS = 50
+
+
+@pytest.fixture
+def busy(fresh_database: str, alice: Session) -> Iterator[Handle]:
+    """A worker that runs until the end of the test."""
+    handle = launch(alice, "SELECT pg_sleep(60)")
+    yield handle
+    if not alice.closed:
+        with suppress(psycopg.Error):
+            alice.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 0)", handle)
+
+
+def control_path(cluster: Cluster, session: Session) -> Path:
+    """The control socket of the session's database."""
+    oid = session.value("SELECT oid FROM pg_database WHERE datname = current_database()")
+    return cluster.datadir / f"base/pgsql_tmp/pgsql_tmp_pg_background.{oid}"
+
+
+@contextmanager
+def stranger(path: Path) -> Iterator[socket.socket]:
+    """A connection to a control socket that speaks for itself; by a relative path, as that may be long."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        folder = os.open(path.parent, os.O_PATH)
+        try:
+            connection.connect(f"/proc/self/fd/{folder}/{path.name}")
+        finally:
+            os.close(folder)
+        connection.settimeout(10)
+        yield connection
+
+
+def hears_the_end(connection: socket.socket) -> bool:
+    """Whether the supervisor has closed the connection."""
+    try:
+        return connection.recv(100_000) == b""
+    except ConnectionResetError:
+        return True
+
+
+# --- who it is ------------------------------------------------------------------------------------
+
+
+def test_it_is_an_unprivileged_role_without_way_back(busy: Handle, conn: Session) -> None:
+    seen = conn.rows(
+        "SELECT usename, application_name, backend_type FROM pg_stat_activity WHERE pid = %s",
+        (supervisor_pid(conn),),
+    )
+    assert seen == [("pgbackground_supervisor", "pg_background supervisor", "client backend")]
+
+
+def test_it_holds_no_snapshot_and_no_lock_under_load(busy: Handle, alice: Session, conn: Session) -> None:
+    """Sampled between its transactions: while it writes, it has a snapshot for less than a millisecond."""
+    pid = supervisor_pid(conn)
+    sample = (
+        "SELECT backend_xmin IS NULL, backend_xid IS NULL,"
+        " NOT EXISTS (SELECT FROM pg_locks l WHERE l.pid = a.pid AND l.locktype = 'relation')"
+        " FROM pg_stat_activity a WHERE pid = %s"
+    )
+    seen: Counter[tuple[bool, ...]] = Counter()
+    stop = time.monotonic() + 3
+    while time.monotonic() < stop:
+        submit(alice, "SELECT 1")
+        seen[conn.rows(sample, (pid,))[0]] += 1
+        oldest = conn.value("SELECT age(backend_xmin) FROM pg_stat_activity WHERE pid = %s", (pid,))
+        assert oldest is None or oldest < 10
+    assert seen[True, True, True] > 0.8 * seen.total(), seen
+
+
+def test_timeouts_for_everybody_do_not_end_it(start_cluster: Callable[..., Cluster]) -> None:
+    names = ["statement_timeout", "lock_timeout", "idle_in_transaction_session_timeout", "idle_session_timeout"]
+    own = start_cluster()
+    with own.connect() as admin:
+        if admin.info.server_version >= 170000:
+            names.append("transaction_timeout")
+    database = own.create_database()
+    with own.connect(database) as admin:
+        for name in names:
+            for where in (f"DATABASE {database}", f"ROLE {admin.info.user}", "ROLE pgbackground_supervisor", "SYSTEM"):
+                admin.execute(f"ALTER {where} SET {name} = {_EVERY_TIMEOUT_MS}")
+        admin.execute("SELECT pg_reload_conf()")
+    with own.connect(database, options=" ".join(f"-c {name}=0" for name in names)) as session:
+        handle = submit(session, "SELECT pg_sleep(0.5)")
+        pid = supervisor_pid(session)
+        time.sleep(6 * _EVERY_TIMEOUT_MS / 1000)
+        assert ended(session, handle)[0] == "stopped"
+        wait(session, submit(session, "SELECT 1"))
+        assert supervisor_pid(session) == pid
+
+
+# --- when it is there -----------------------------------------------------------------------------
+
+
+def test_twenty_sessions_at_once_start_one(fresh_database: str, connect: Callable[..., Session], conn: Session) -> None:
+    sessions = [connect() for _ in range(20)]
+    barrier = threading.Barrier(len(sessions))
+    seen: set[int] = set()
+    running = True
+
+    def start(session: Session) -> int:
+        barrier.wait()
+        return len(run(session, "SELECT 1", "n int"))
+
+    def look() -> None:
+        while running:
+            pids = supervisor_pids(conn)
+            seen.update(pid for pid in pids if conn.value(_SERVES, (pid,)))
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        assert list(pool.map(start, sessions)) == [1] * len(sessions)
+    running = False
+    looking.join()
+    assert len(supervisor_pids(conn)) == 1
+    assert len(seen | {supervisor_pid(conn)}) == 1, seen
+
+
+_SERVES = "SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = %s AND usename = 'pgbackground_supervisor'"
+
+
+def test_it_leaves_with_the_last_session(fresh_database: str, alice: Session, conn: Session) -> None:
+    run(alice, "SELECT 1", "n int")
+    pid = supervisor_pid(conn)
+    alice.close()
+    wait_until(lambda: not supervisor_pids(conn), timeout=5, what="its end")
+    wait_until(lambda: not Path(f"/proc/{pid}").exists(), what="the end of its process")
+
+
+def test_it_stays_for_a_worker_without_session(fresh_database: str, alice: Session, conn: Session) -> None:
+    detach(alice, launch(alice, "SELECT pg_sleep(1)"))
+    pid = supervisor_pid(conn)
+    alice.close()
+    time.sleep(0.3)
+    assert supervisor_pid(conn) == pid
+    wait_until(lambda: not supervisor_pids(conn), timeout=5, what="its end")
+
+
+def test_database_can_be_dropped_at_once(cluster: Cluster) -> None:
+    database = cluster.create_database()
+    with cluster.connect(database) as session:
+        for _ in range(5):
+            submit(session, "SELECT 1")
+    started = time.monotonic()
+    cluster.drop_database(database)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.local_server
+def test_its_end_leaves_no_word_in_the_log_and_no_file(
+    cluster: Cluster, fresh_database: str, alice: Session, conn: Session
+) -> None:
+    from tests.clusters import server_log, server_log_size
+
+    size = server_log_size(cluster)
+    run(alice, "SELECT 1", "n int")
+    path = control_path(cluster, conn)
+    assert path.is_socket()
+    pid = supervisor_pid(conn)
+    alice.close()
+    wait_until(lambda: not supervisor_pids(conn), what="its end")
+    assert not path.exists()
+    assert not [line for line in server_log(cluster, size).splitlines() if f"[{pid}]" in line]
+
+
+# --- what may come over its socket ----------------------------------------------------------------
+
+
+@pytest.mark.local_server
+@pytest.mark.parametrize(
+    "packet",
+    [
+        b"garbage",
+        b"\xff\xfe",
+        b"[]",
+        b"{}",
+        b"[null]",
+        b'["job"]',
+        b'["job",{},{}]',
+        b'["job",{"pid":"x","key":[]},{}]',
+        b'["finished",1]',
+        b'["finished","x",5]',
+        b'["wait",1,2]',
+        b'["progress",{},[],"x"]',
+        b'["cancel",1,1,"x","y"]',
+        b'["detach",99]',
+        b'["record",{"key":5,"pid":1,"state":"stopped","label":"\\u0000\\ud800"}]',
+        b'["welcome"]',
+        b'["job",' + b"[" * 60_000,
+    ],
+)
+def test_garbage_harms_nobody(cluster: Cluster, busy: Handle, alice: Session, conn: Session, packet: bytes) -> None:
+    pid = supervisor_pid(conn)
+    before = descriptors(pid)
+    with stranger(control_path(cluster, conn)) as connection:
+        connection.send(packet)
+        run(alice, "SELECT 1", "n int")
+    handle = submit(alice, "SELECT 5")
+    assert ended(alice, handle)[:2] == ("stopped", "SELECT 1")
+    assert supervisor_pid(conn) == pid
+    wait_until(lambda: descriptors(pid) <= before + 4, what="no descriptor left over")
+
+
+@pytest.mark.local_server
+def test_a_row_that_cannot_be_written_keeps_no_other_from_it(
+    cluster: Cluster, busy: Handle, alice: Session, conn: Session
+) -> None:
+    with stranger(control_path(cluster, conn)) as connection:
+        for key in range(1, 50):
+            connection.send(b'["record",{"key":%d,"pid":"none","state":"stopped"}]' % key)
+        handle = submit(alice, "SELECT 5")
+        assert ended(alice, handle)[:2] == ("stopped", "SELECT 1")
+
+
+def test_texts_longer_than_a_message_are_cut(busy: Handle, alice: Session) -> None:
+    error = "DO $$BEGIN RAISE EXCEPTION '%', repeat('é', 1000000) USING DETAIL = repeat('d', 1000000); END$$"
+    for start in (launch, submit):
+        handle = start(alice, error)
+        wait(alice, handle)
+        assert ended(alice, handle) == ("error", None, None, "P0001")
+        detach(alice, handle)
+    texts = alice.rows("SELECT DISTINCT left(error_message, 3) FROM pg_background_activity WHERE state = 'error'")
+    assert texts == [("ééé",)]
+
+
+def test_a_session_that_hears_no_news_stops_nobody(
+    busy: Handle, connect: Callable[..., Session], conn: Session
+) -> None:
+    deaf = connect(**{"pg_background.max_workers": 1000, "pg_background.pool_size": 50})
+    deaf.execute("SET pg_background.launch_timeout = '60s'")
+    handles = [
+        Handle(*row)
+        for row in deaf.rows(
+            "SELECT (h).* FROM (SELECT pg_background_submit_v2('SELECT pg_sleep(0.5)') h FROM generate_series(1, 40)) s"
+        )
+    ]
+    other = connect()
+    for handle in handles:
+        assert ended(other, handle)[0] == "stopped"
+    wait(deaf, handles[0])
+    assert {worker.state for worker in listed(deaf)} == {"stopped"}
+
+
+@pytest.mark.local_server
+def test_it_goes_on_without_descriptors(
+    busy: Handle, alice: Session, conn: Session, connect: Callable[..., Session]
+) -> None:
+    import resource
+
+    pid = supervisor_pid(conn)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    assert before[0] == before[1]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(pid), before[1]))
+    late = connect()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lambda: run(late, "SELECT 5", "n int"))
+        time.sleep(0.5)
+        assert not waiting.done()
+        usage = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        assert waiting.result(20) == [(5,)]
+    assert (int(usage[11]) + int(usage[12])) / os.sysconf("SC_CLK_TCK") < 10  # it did not spin
+    assert supervisor_pid(conn) == pid
+
+
+@pytest.mark.local_server
+def test_a_worker_it_has_no_descriptor_for_is_an_error(busy: Handle, alice: Session, conn: Session) -> None:
+    import resource
+
+    pid = supervisor_pid(conn)
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(pid), before[1]))
+    handle = launch(alice, "SELECT pg_sleep(0.2)")
+    with sqlstate("53000", "file descriptors"):
+        for _ in range(100):
+            submit(alice, "SELECT 1")
+            time.sleep(0.01)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    wait(alice, handle)
+    assert run(alice, "SELECT 5", "n int") == [(5,)]
+
+
+# --- when it dies ---------------------------------------------------------------------------------
+
+
+def test_the_outcome_of_a_launched_job_is_recorded_though_it_died(busy: Handle, alice: Session, conn: Session) -> None:
+    handle = launch(alice, "SELECT pg_sleep(0.5)")
+    terminate_supervisor(conn)
+    wait(alice, handle)
+    assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
+    assert listed(alice)[-1].state == "stopped"
+
+
+@pytest.mark.parametrize("kind", ["submitted", "detached"])
+def test_a_job_it_reads_goes_on_after_its_death(busy: Handle, alice: Session, conn: Session, kind: str) -> None:
+    query = "SELECT i, repeat('x', 500) FROM generate_series(1, 3000) i, pg_sleep(0.0002); SELECT pg_sleep(0.5)"
+    handle = submit(alice, query) if kind == "submitted" else launch(alice, query)
+    if kind == "detached":
+        detach(alice, handle)
+    time.sleep(0.1)
+    terminate_supervisor(conn)
+    alice.execute("SELECT pg_background_wait_v2(%s, %s)", handle)
+    assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
+
+
+def test_rows_of_jobs_that_nobody_knows_any_more_do_not_run_for_ever(
+    fresh_database: str, conn: Session, connect: Callable[..., Session]
+) -> None:
+    launcher, watcher = connect(), connect()
+    handle = launch(launcher, "SELECT pg_sleep(60)")
+    other = launch(watcher, "SELECT pg_sleep(60)")
+    pids = (launcher.pid, supervisor_pid(conn))
+    conn.execute("SELECT pg_terminate_backend(p, 5000) FROM unnest(%s::int[]) p", (list(pids),))
+    conn.execute("SELECT pg_terminate_backend(%s, 5000)", (handle.pid,))
+    assert ended(watcher, handle) == ("error", None, None, "08006")
+    assert listed(watcher)[0].state == "running"
+    wait(watcher, launch(watcher, "SELECT 1"))  # finds the next supervisor, which writes it down
+    stored = "SELECT state, sqlstate, finished_at IS NOT NULL FROM _pg_background_worker WHERE key = %s"
+    wait_until(lambda: conn.rows(stored, (handle.cookie,)) == [("error", "08006", True)], what="its end in the table")
+    watcher.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 0)", other)
+
+
+class Submitters:
+    """Sessions that submit jobs while the supervisor is terminated again and again."""
+
+    def __init__(self, sessions: list[Session], jobs_each: int) -> None:
+        self.sessions, self.jobs_each = sessions, jobs_each
+        self.handles: dict[int, Handle] = {}
+        self.refused: Counter[str] = Counter()
+
+    def run(self, position: int) -> None:
+        session = self.sessions[position]
+        for job in range(self.jobs_each):
+            number = position * self.jobs_each + job
+            try:
+                self.handles[number] = submit(session, f"INSERT INTO done VALUES ({number})")
+            except psycopg.Error as error:
+                self.refused[f"{error.sqlstate} {error}"[:300]] += 1
+
+
+def test_jobs_submitted_while_it_dies_commit_exactly_once(
+    start_cluster: Callable[..., Cluster], capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = start_cluster(settings={"max_connections": "300"})
+    database = own.create_database()
+    admin = own.connect(database)
+    admin.execute("CREATE TABLE done (number int)")
+    settings = "-c pg_background.max_workers=4 -c pg_background.pool_size=2 -c pg_background.launch_timeout=60s"
+    submitters = Submitters([own.connect(database, options=settings) for _ in range(20)], 100)
+    with ThreadPoolExecutor(20) as pool:
+        running = [pool.submit(submitters.run, position) for position in range(20)]
+        kills = 0
+        chance = random.Random(4)
+        while not all(future.done() for future in running) and kills < 10:
+            time.sleep(0.1 + chance.random() * 0.5)
+            for pid in supervisor_pids(admin):
+                kills += admin.value("SELECT pg_terminate_backend(%s)::int", (pid,))
+        for future in running:
+            future.result()
+        list(pool.map(lambda position: wait(submitters.sessions[position], _last(submitters, position)), range(20)))
+        # Each submitter takes care of its own once more.
+        list(pool.map(listed, submitters.sessions))
+    committed = Counter(number for (number,) in admin.rows("SELECT number FROM done"))
+    classes: Counter[tuple[str, ...]] = Counter()
+    for number, handle in submitters.handles.items():
+        state, tag, _, code = ended(admin, handle)
+        classes["committed" if committed[number] else "not committed", state, tag or code] += 1
+    with capsys.disabled():
+        print(f"\n  {kills} supervisors terminated, {dict(submitters.refused)} refused, {dict(classes)}")
+    assert max(committed.values()) == 1
+    assert set(committed) >= set(submitters.handles)
+    assert classes == {("committed", "stopped", "INSERT 0 1"): len(submitters.handles)}
+    assert len(submitters.handles) > 1900
+    assert kills >= 3
+    for session in submitters.sessions:
+        session.close()
+    admin.close()
+
+
+def _last(submitters: Submitters, position: int) -> Handle:
+    first = position * submitters.jobs_each
+    return max(item for item in submitters.handles.items() if first <= item[0] < first + submitters.jobs_each)[1]
+
+
+# --- the server and the extension under it --------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["fast", "immediate", "postmaster killed"])
+def test_restart_of_the_server_leaves_nothing_in_the_way(start_cluster: Callable[..., Cluster], way: str) -> None:
+    own = start_cluster()
+    database = own.create_database()
+    session = own.connect(database)
+    handle = launch(session, "SELECT pg_sleep(60)")
+    detach(session, launch(session, "SELECT pg_sleep(60)"))
+    submit(session, "SELECT 1")
+    pid = supervisor_pid(session)
+    if way == "postmaster killed":
+        own.kill_postmaster()
+        wait_until(lambda: not Path(f"/proc/{pid}").exists(), what="the supervisor's end")
+        own.start()
+    else:
+        own.restart(way)
+    assert not Path(f"/proc/{pid}").exists()
+    with own.connect(database) as again:
+        assert run(again, "SELECT 5", "n int") == [(5,)]
+        running = "SELECT count(*) FROM pg_background_activity WHERE state = 'running'"
+        assert again.value(running) == 0
+        lost = again.rows("SELECT sqlstate FROM pg_background_activity WHERE cookie = %s", (handle.cookie,))
+        assert lost in ([], [("08006",)], [("57P01",)])
+    session.close()
+
+
+def test_extension_moves_to_another_schema_under_running_workers(
+    busy: Handle, alice: Session, conn: Session, connect: Callable[..., Session], role: Callable[..., Role]
+) -> None:
+    orphaned = connect(role("orphaned"))
+    orphan = submit(orphaned, "SELECT pg_sleep(1)")
+    orphaned.close()
+    handles = [launch(alice, "SELECT pg_sleep(1)"), submit(alice, "SELECT pg_sleep(1)")]
+    conn.execute("CREATE SCHEMA elsewhere")
+    conn.execute("ALTER EXTENSION pg_background SET SCHEMA elsewhere")
+    conn.execute("GRANT USAGE ON SCHEMA elsewhere TO pgbackground_role")
+    alice.execute("SET search_path = elsewhere, public")
+    conn.execute("SET search_path = elsewhere, public")
+    for handle in handles:
+        wait(alice, handle, schema="elsewhere")
+        assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
+    assert ended(conn, orphan) == ("stopped", "SELECT 1", 1, None)
+    assert result(alice, launch(alice, "SELECT 5", schema="elsewhere"), "n int", schema="elsewhere") == [(5,)]
+
+
+def test_extension_is_dropped_and_made_again_under_running_workers(busy: Handle, conn: Session) -> None:
+    conn.execute("CREATE TABLE done (number int)")
+    handles = [
+        launch(conn, "INSERT INTO done SELECT 1 FROM pg_sleep(0.5)"),
+        submit(conn, "INSERT INTO done SELECT 2 FROM pg_sleep(0.5)"),
+    ]
+    conn.execute("DROP EXTENSION pg_background")
+    with sqlstate("42883"):
+        wait(conn, handles[0])
+    wait_until(lambda: conn.value("SELECT count(*) FROM done") == 2, what="both commits")
+    conn.execute("CREATE EXTENSION pg_background")
+    assert run(conn, "SELECT 5", "n int") == [(5,)]
+    handle = submit(conn, "INSERT INTO done VALUES (3)")
+    assert ended(conn, handle) == ("stopped", "INSERT 0 1", 1, None)
+    assert len(supervisor_pids(conn)) <= 2
+
+
+def test_whoever_locks_its_table_stops_nobody(busy: Handle, alice: Session, conn: Session) -> None:
+    with conn.transaction():
+        conn.execute("LOCK TABLE _pg_background_worker")
+        handle = submit(alice, "SELECT 5")
+        wait(alice, handle)
+        wait(conn, submit(conn, "SELECT 5"))
+        conn.execute("SELECT pg_terminate_backend(%s, 5000)", (supervisor_pid(conn),))
+        assert not Path(f"/proc/{supervisor_pids(conn)}").exists()
+
+
+def test_a_cancel_is_not_for_it(busy: Handle, alice: Session, conn: Session) -> None:
+    pid = supervisor_pid(conn)
+    for _ in range(20):
+        conn.execute("SELECT pg_cancel_backend(%s)", (pid,))
+        wait(alice, submit(alice, "SELECT 1"))
+    assert supervisor_pid(conn) == pid
+
+
+def test_a_full_disk_is_waited_out(busy: Handle, alice: Session, conn: Session) -> None:
+    """A trigger stands in for the disk: the error comes from the server, where a full disk's would."""
+    conn.execute(
+        "CREATE FUNCTION full_disk() RETURNS trigger LANGUAGE plpgsql AS"
+        " $$BEGIN RAISE EXCEPTION 'could not extend file: no space left on device' USING ERRCODE = 'disk_full'; END$$"
+    )
+    pid = supervisor_pid(conn)
+    conn.execute("CREATE TRIGGER full_disk BEFORE INSERT ON _pg_background_worker EXECUTE FUNCTION full_disk()")
+    handles = [submit(alice, f"SELECT {number}") for number in range(100)]
+    wait(alice, handles[-1])
+    assert conn.value("SELECT count(*) FROM pg_background_activity WHERE state = 'stopped'") == 0
+    conn.execute("DROP FUNCTION full_disk() CASCADE")
+    for handle in handles:
+        assert ended(alice, handle)[0] == "stopped"
+    assert supervisor_pid(conn) == pid
+
+
+def test_its_table_does_not_grow_with_the_number_of_jobs(fresh_database: str, conn: Session) -> None:
+    conn.execute("SET pg_background.launch_timeout = '60s'")
+    size = "SELECT pg_relation_size('_pg_background_worker')"
+    submitting = "SELECT count(pg_background_submit_v2('SELECT 1')) FROM generate_series(1, 1000)"
+    conn.execute(submitting)
+    wait(conn, submit(conn, "SELECT 1"))
+    first = conn.value(size)
+    conn.execute(submitting)
+    wait(conn, submit(conn, "SELECT 1"))
+    assert conn.value(size) < 3 * first + 8192
+    assert conn.value("SELECT count(*) FROM pg_background_activity WHERE state = 'stopped'") > 1900
