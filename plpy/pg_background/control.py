@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from . import messages
 from .errors import INSUFFICIENT_RESOURCES, INTERNAL_ERROR, BackgroundError, background_error
@@ -16,6 +16,9 @@ from .inheritance import startup_options
 from .loopback import Loopback
 from .server import READABLE, WRITABLE, Server
 from .session import WorkerSession, report_of
+
+if TYPE_CHECKING:
+    from psycopg.pq.abc import PGconn
 
 ROLE = "pgbackground_supervisor"
 APPLICATION_NAME = "pg_background supervisor"
@@ -82,6 +85,19 @@ class Question:
         self.asked: socket.socket | None = None
 
 
+class _Start(NamedTuple):
+    """A supervisor that is being started: its connection, the lock that keeps others from it, its notices."""
+
+    connection: PGconn
+    lock: int
+    notices: list[str]
+
+    def close(self) -> None:
+        """Leave it to itself."""
+        self.connection.finish()
+        os.close(self.lock)
+
+
 class Control:
     """The control connection of this session."""
 
@@ -98,6 +114,7 @@ class Control:
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
         self._moved = False
+        self._starting: _Start | None = None
         self._connections = 0  # so far
         self.listener: Listener | None = None
 
@@ -132,6 +149,11 @@ class Control:
         except BaseException:
             self._drop()  # the next call does it all again
             raise
+
+    def prepare(self) -> None:
+        """Have a supervisor started where there is none, without waiting for it: ensure() does that."""
+        if self._socket is None and self._starting is None and not os.path.exists(self._path):
+            self._starting = self._begin_start()
 
     def _connection(self) -> socket.socket:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -269,6 +291,9 @@ class Control:
     def close(self) -> None:
         """Leave the supervisor."""
         self._drop()
+        if self._starting is not None:
+            self._starting.close()
+            self._starting = None
 
     def _take(self, message: list[Any]) -> None:
         kind, *arguments = message
@@ -346,29 +371,42 @@ class Control:
 
     def _start_and_connect(self, deadline: float) -> socket.socket | None:
         """Start a supervisor; where another session was faster, wait until its one listens."""
-        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-        starting = os.open(self._path + ".start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            started = _lock(starting) and self._start()
-        finally:
-            os.close(starting)
-        if not started:
+        start, self._starting = self._starting or self._begin_start(), None
+        if start is None or not self._finish_start(start):
             self._server.wait_for((), min(deadline, time.monotonic() + _RETRY_S))
         return self._connect()
 
-    def _start(self) -> bool:
-        """True when a new supervisor listens, False when another one serves."""
-        loopback = self._loopback()
-        connection = loopback.connect(loopback.logins()[0], startup_options(self._options()), APPLICATION_NAME)
-        notices: list[str] = []
-        connection.notice_handler = lambda notice: notices.append(report_of(notice, self._server).message)
+    def _begin_start(self) -> _Start | None:
+        """Send a new supervisor its program; None while another session starts one."""
+        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
+        lock = os.open(self._path + ".start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            if not _lock(lock):
+                os.close(lock)
+                return None
+            loopback = self._loopback()
+            connection = loopback.connect(loopback.logins()[0], startup_options(self._options()), APPLICATION_NAME)
+        except BaseException:
+            os.close(lock)
+            raise
+        start = _Start(connection, lock, [])
+        try:
+            connection.notice_handler = lambda notice: start.notices.append(report_of(notice, self._server).message)
             connection.send_query(self._start_block())
             while connection.flush():
                 self._server.wait_for(((connection.socket, READABLE | WRITABLE),), None)
                 connection.consume_input()
-            while not notices:
-                self._server.wait_for(((connection.socket, READABLE),), None)
+        except BaseException:
+            start.close()
+            raise
+        return start
+
+    def _finish_start(self, start: _Start) -> bool:
+        """True when the new supervisor listens, False when another one serves."""
+        connection = start.connection
+        try:
+            while not start.notices:
+                self._server.wait_for_one(connection.socket, None)
                 connection.consume_input()
                 if connection.is_busy():
                     continue
@@ -387,7 +425,7 @@ class Control:
                 raise
             return False  # it was terminated at once
         finally:
-            connection.finish()
+            start.close()
 
     def _options(self) -> dict[bytes, bytes]:
         return {**_OPTIONS, b"transaction_timeout": b"0"} if self._server.major >= 17 else _OPTIONS

@@ -57,6 +57,9 @@ _SHORTENED_CHARACTERS = 500  # of each text in a message that is longer than tha
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+
 class ProtocolError(Exception):
     """A packet that is no message."""
 
@@ -86,9 +89,9 @@ def peer_pid(connection: socket.socket) -> int:
 
 def send(connection: socket.socket, message: list[Any], descriptor: int | None = None) -> None:
     """Send a message whole. BlockingIOError where it would wait, OSError where nobody is there."""
-    packet = json.dumps(message, separators=(",", ":")).encode()
+    packet = _encode(message).encode()
     if len(packet) > _MAX_BYTES:
-        packet = json.dumps(_shortened(message), separators=(",", ":")).encode()
+        packet = _encode(_shortened(message)).encode()
     if descriptor is None:
         connection.send(packet, socket.MSG_NOSIGNAL)
     else:

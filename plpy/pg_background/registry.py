@@ -77,6 +77,7 @@ class Registry:
             self.control.hear()
         if len(self._workers) >= configuration.max_workers:
             self._wait_for_room(configuration.max_workers, deadline)
+        self.control.prepare()  # it starts while the worker's session does
         session = self._session(configuration, deadline)
         worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
         try:

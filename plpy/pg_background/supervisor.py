@@ -35,7 +35,9 @@ _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
 _RETRY_S = 1.0  # a table that could not be written is tried again after this
 _MAX_EVENTS = 1 << 16
-_REPORTS_S = 0.002  # a worker's reports are read so often: to be woken by each would cost it more than to send it
+# Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
+# cost the sender more than to send it.
+_REST_S = 0.002
 _REPORTS_AT_ONCE = 1000
 _WINDOW_BYTES = 1 << 16
 _MAX_WINDOW_BYTES = 1 << 24
@@ -48,6 +50,10 @@ _PASSING = ("53", "55", "57", "58", "40")
 _GONE = ("42P01", "42501", "3F000", "42703", "42704", "XX000")
 
 
+# What sessions tell of launched jobs.
+_NEEDS_NO_ANSWER = frozenset((messages.JOB, messages.FINISHED))
+
+
 class Link:
     """The control connection of a session, or of a worker that reports its progress."""
 
@@ -58,6 +64,7 @@ class Link:
         self.outbox: deque[list[Any]] = deque()
         self.channels: set[int] = set()  # pids of workers
         self.closed = False
+        self.may_rest = False
         self.moved_on = False
         self.reports = False  # a worker's, for its progress
         self.waiting: dict[int, Job] = {}  # by request: whose end the session is to be told
@@ -189,7 +196,7 @@ class Supervisor:
             if now >= self._tick_at:
                 self._tick(now)
             if self._resting and now >= self._wake_at:
-                self._poll_reporters(now)
+                self._end_rest(now)
             if self._dirty and (now >= self._flush_at or len(self._dirty) >= _BATCH_ROWS):
                 self._flush()
             if self._is_done(now) and not self._epoll.poll(0):
@@ -228,6 +235,7 @@ class Supervisor:
                     self._send_outbox(link)
                 if event & ~select.EPOLLOUT:
                     self._receive(link)
+                    self._rest(link)
             elif self._listener is not None and descriptor == self._listener.fileno():
                 self._accept()
         for link in reporting:
@@ -238,12 +246,20 @@ class Supervisor:
             if channel is not None:
                 self._ready.append(channel)
 
-    def _poll_reporters(self, now: float) -> None:
-        """Each is heard once, then rests until the next time."""
-        self._wake_at = now + _REPORTS_S
+    def _rest(self, link: Link) -> None:
+        """Leave a session alone for a moment that has told of launched jobs only, which wait for no answer."""
+        if link.may_rest and not link.closed and not link.outbox:
+            self._epoll.modify(link.connection.fileno(), 0)
+            self._resting.append(link)
+        link.may_rest = False
+
+    def _end_rest(self, now: float) -> None:
+        """Reporters are heard once, then rest until the next time."""
+        self._wake_at = now + _REST_S
         for link in self._resting:
             if not link.closed:
-                self._epoll.modify(link.connection.fileno(), select.EPOLLIN | select.EPOLLONESHOT)
+                once = select.EPOLLONESHOT if link.reports else 0
+                self._epoll.modify(link.connection.fileno(), select.EPOLLIN | once)
         self._resting.clear()
 
     def _hear_reports(self, link: Link) -> None:
@@ -350,6 +366,7 @@ class Supervisor:
     def _dispatch(self, link: Link, received: messages.Received) -> None:
         kind, *arguments = received.message
         descriptors = list(received.descriptors)
+        link.may_rest = kind in _NEEDS_NO_ANSWER
         self._idle_since = time.monotonic()
         try:
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
@@ -464,6 +481,7 @@ class Supervisor:
         if timeout_ms:
             heapq.heappush(self._deadlines, (job.started + timeout_ms / 1000, key))
         channel.reads = row["submitted"]
+        link.may_rest = not channel.reads
         if extras.get("unknown_position"):
             self._drain(channel)
             self._terminate_after_job(channel)
