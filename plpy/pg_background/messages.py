@@ -19,7 +19,7 @@ from . import progress
 # session -> supervisor
 HELLO = "hello"  # digest of the sender's runtime
 JOB = "job"  # row of the job (see store.COLUMNS), extras; with the worker's socket, once for each connection
-FINISHED = "finished"  # key, changed columns of its row
+FINISHED = "finished"  # key, changed columns of its row, time.monotonic() after the end
 DETACH = "detach"  # worker pid: the session lets go, the supervisor reads to the end
 CLOSED = "closed"  # worker pid: the connection is no more
 WRITING = "writing"  # worker pid, whether: while true, the job has not been sent whole

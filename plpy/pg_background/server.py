@@ -107,7 +107,7 @@ class Server:
             self._guc_buffer = ctypes.create_string_buffer(2 * size)
         self._serialize_guc_state(size, self._guc_buffer)
         length = ctypes.sizeof(ctypes.c_size_t) + ctypes.c_size_t.from_buffer(self._guc_buffer).value
-        return self._guc_buffer.raw[:length]
+        return ctypes.string_at(self._guc_buffer, length)
 
     def has_free_slots(self, wanted: int) -> bool:
         """Whether so many connections are free beside those reserved for superusers and the like."""

@@ -144,6 +144,7 @@ class Supervisor:
         self._finished: deque[int] = deque()
         self._dirty: dict[int, Row] = {}
         self._reporters: dict[int, Link] = {}  # by pid
+        self._early: dict[int, list[Any]] = {}  # by pid: a report that came before its job
         self._resting: list[Link] = []  # those that are not polled for a moment
         self._wake_at = 0.0  # when they are again
         self._unwritable = False  # at the last attempt
@@ -262,19 +263,27 @@ class Supervisor:
                 self._epoll.modify(link.connection.fileno(), select.EPOLLIN | once)
         self._resting.clear()
 
-    def _hear_reports(self, link: Link) -> None:
-        """Of several reports of one job the last one counts."""
+    def _hear_reports(self, link: Link, until: float | None = None) -> None:
+        """Of several reports of one job the last one counts.
+
+        until: when the current job had ended; what was reported later is for a job that is not announced yet.
+        """
         packets, gone = messages.receive_all(link.connection, _REPORTS_AT_ONCE)
         channel = self._channels.get(link.pid)
-        started = channel.job.started if channel is not None and channel.job is not None else 0.0
+        border = until
+        if border is None:
+            border = channel.job.started if channel is not None and channel.job is not None else 0.0
         try:
             reports = [json.loads(packet) for packet in (packets[:1] + packets[-1:])]
-            if reports and (reports[0][3] < started) != (reports[-1][3] < started):
+            if reports and (reports[0][3] < border) != (reports[-1][3] < border):
                 reports = [json.loads(packet) for packet in packets]
             for kind, *arguments in reports:
                 if kind != messages.PROGRESS:
                     raise messages.ProtocolError(kind)
-                self._on_progress(link, *arguments)
+                if until is not None and arguments[2] > until:
+                    self._early[link.pid] = arguments
+                else:
+                    self._on_progress(link, *arguments)
         except (messages.ProtocolError, TypeError, ValueError, IndexError, RecursionError):
             gone = True
         if gone:
@@ -472,6 +481,8 @@ class Supervisor:
         job = Job(row, extras)
         self._jobs[key] = job
         channel.previous, channel.job = channel.job, job
+        if pid in self._early:
+            self._on_progress(link, *self._early.pop(pid), pid=pid)
         channel.writing = bool(extras.get("writing"))
         channel.answer = wire.Answer()
         channel.answers_left = 1 + job.groups_after
@@ -567,7 +578,7 @@ class Supervisor:
             if channel.farewell_due:
                 self._say_farewell(channel)
 
-    def _on_finished(self, _: Link, key: int, changes: Row) -> None:
+    def _on_finished(self, _: Link, key: int, changes: Row, at: float) -> None:
         job = self._jobs.get(key)
         if job is None:
             self._record_end(key, changes)
@@ -575,7 +586,7 @@ class Supervisor:
         channel = self._channels.get(job.row["pid"])
         if channel is not None and channel.job is job and not channel.reads:
             self._unwatch(channel)
-        self._end(job, changes)
+        self._end(job, changes, at)
 
     def _record_end(self, key: int, changes: Row) -> None:
         """A job that a predecessor knew, and that ended before it could be handed over."""
@@ -610,12 +621,12 @@ class Supervisor:
         channel.connection.close()
         channel.process.close()
 
-    def _end(self, job: Job, changes: Row) -> None:
+    def _end(self, job: Job, changes: Row, at: float | None = None) -> None:
         """A job has ended, with this outcome; a second report of the same end changes little."""
         first = job.running
         reporter = self._reporters.get(job.row["pid"])
         if first and reporter is not None:
-            self._hear_reports(reporter)
+            self._hear_reports(reporter, time.monotonic() if at is None else at)
         job.row.update(changes)
         if job.row.get("finished_at") is None:
             job.row["finished_at"] = _now()
@@ -884,7 +895,9 @@ class Supervisor:
             self._reporters[link.pid] = link
             self._resting.append(link)
 
-    def _on_progress(self, link: Link, percent: int, text: str | None, at: float) -> None:
+    def _on_progress(
+        self, link: Link, percent: int, text: str | None, at: float, *, pid: int | None = None
+    ) -> None:
         """A report may be read after the end of its job, even after the start of the next: `at` tells whose it is."""
         channel = self._channels.get(link.pid)
         job = channel.job if channel is not None else None

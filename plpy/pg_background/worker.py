@@ -172,18 +172,21 @@ class Worker:
         again: another supervisor had it before, and may have read some of the answer.
         """
         session = self.session
-        extras = {
-            "probe": self._probes,
-            "tags_of_commit": self._tags_of_commit,
-            "clean_ups": CLEAN_UP_ANSWERS if self.job.submitted else 0,
-            "timeout_ms": self.configuration.worker_timeout_ms,
-            "started": self._started,
-            "writing": self._writing,
-            "again": again,
-            "canceled": self.cancel_requested,
-            "terminate_at": self._terminate_at,
-            "unknown_position": again and (self.job.submitted or self.detached),
-        }
+        extras: dict[str, Any] = {"started": self._started, "tags_of_commit": self._tags_of_commit}
+        if self._probes:
+            extras["probe"] = True
+        if self.job.submitted:
+            extras["clean_ups"] = CLEAN_UP_ANSWERS
+        if self.configuration.worker_timeout_ms:
+            extras["timeout_ms"] = self.configuration.worker_timeout_ms
+        if again:
+            extras.update(
+                again=True,
+                writing=self._writing,
+                canceled=self.cancel_requested,
+                terminate_at=self._terminate_at,
+                unknown_position=self.job.submitted or self.detached,
+            )
         row = {
             "key": self.key,
             "pid": self.pid,
@@ -199,7 +202,7 @@ class Worker:
             "history_ms": self.configuration.history_ms,
             "consumed": self.consumed,
         }
-        self._control.tell([messages.JOB, row, {name: value for name, value in extras.items() if value}], session)
+        self._control.tell([messages.JOB, row, extras], session)
         self.announced = True
 
     @property
@@ -220,7 +223,7 @@ class Worker:
     def pump(self, limit: int) -> None:
         """Take in what has arrived, without waiting, while less than `limit` bytes lie unread."""
         connection = self.session.connection
-        while not self.ended and self.backlog.bytes_in_memory < limit:
+        while self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
             if connection.is_busy():
                 if not self._server.is_readable(connection.socket):
                     return
@@ -434,7 +437,7 @@ class Worker:
             self.command_tags = "\n".join(map(self._server.decode, self._tags))
         self._set_ended()
         self.changes = self._changes()
-        self._control.report_end([messages.FINISHED, self.key, self.changes])
+        self._control.report_end([messages.FINISHED, self.key, self.changes, time.monotonic()])
 
     def _set_ended(self) -> None:
         self.elapsed_ms = (time.monotonic() - self._started) * 1000
