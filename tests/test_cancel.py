@@ -432,3 +432,13 @@ def test_new_supervisor_goes_on_with_a_cancel(alice: Session, conn: Session) -> 
     run(alice, "SELECT 'x'")  # finds the supervisor gone
     assert ends_within(alice, handle, 4000)
     assert state(alice, handle) == "canceled"
+
+
+@pytest.mark.parametrize("way", ["detached", "submitted"])
+def test_own_cancel_counts_after_the_worker_was_let_go(alice: Session, way: str) -> None:
+    handle = submit(alice, SLEEP) if way == "submitted" else launch(alice, SLEEP)
+    detach(alice, handle)
+    cancel(alice, handle)
+    wait(alice, handle)
+    assert seen_state(alice, handle) == "canceled"
+    assert stats(alice)["canceled"] == 1

@@ -26,7 +26,7 @@ SEED = int(os.environ.get("PG_BACKGROUND_MODEL_SEED", "8"))
 
 MAX_WORKERS = 5
 _PATIENCE_MS = 10_000
-_SHOWN_CALLS = 60
+_SHOWN_CALLS = 200
 
 NOT_TRACKED, WRONG_COOKIE, NO_MEMBER, SUBMITTED, FULL = "42704", "55000", "42501", "0A000", "53400"
 _STOPPED, _CANCELED, _ERROR = "stopped", "canceled", "error"
@@ -150,7 +150,8 @@ class Model:
                 actor.role = actor.session.value("SELECT current_user::text")
         else:
             self.calls.append(f"    -> {rows[:3]}")
-        assert seen in expected, f"{shown}: got {seen}"
+        tracked = [(job.number, job.kind, job.submitted, job.settled, job.canceled) for job in actor.tracked]
+        assert seen in expected, f"{shown}: got {seen}; number, kind, submitted, settled, canceled: {tracked}"
         return rows
 
     def pick(self, actor: Actor) -> ModelJob | None:
@@ -273,9 +274,10 @@ class Model:
         expected = self.access_tracked(actor, job, result=True)
         if None in expected:
             expected = (expected - {None, WRONG_COOKIE}) | ({SUBMITTED} if job.submitted else self.outcomes(job))
+        # Before the call: an error in a transaction takes the role back that was set in it.
+        reads = job in actor.tracked and actor.may_manage(job) and not job.submitted
         rows = self.call(actor, query, arguments, expected)
-        released = job in actor.tracked and actor.may_manage(job) and not job.submitted
-        if released:
+        if reads:
             job.settled = True
             actor.tracked.remove(job)
         if rows is not None:
@@ -302,7 +304,8 @@ class Model:
         if job.kind != "report" or not actor.may_manage(job):
             assert rows in ([], [(None, None)])
         elif job.settled and not job.canceled and not job.shot and not job.v1:
-            assert rows == [reported]
+            # The table may be some milliseconds behind.
+            wait_until(lambda: self.call(actor, query, job.handle, {None}) == [reported], timeout=2)
         else:
             assert rows in ([], [(None, None)], [reported])
 
@@ -393,8 +396,8 @@ class Model:
                 self.call(self.actors[-1] if not job.v1 else job.owner, "SELECT pg_background_cancel_v2(%s, %s)",
                           job.handle, {None})  # fmt: skip
                 job.canceled = True
-        running = "SELECT pid, sql_preview FROM pg_background_activity WHERE state = 'running'"
-        wait_until(lambda: not self.admin.rows(running), what="the end of all workers")
+        ended = "SELECT count(*) FROM pg_background_activity WHERE state <> 'running'"
+        wait_until(lambda: self.admin.value(ended) == len(self.jobs), what="the end of all workers")
         seen = self.admin.rows(
             "SELECT substring(sql_preview FROM '[0-9]+')::int, state, cookie, pid FROM pg_background_activity"
         )

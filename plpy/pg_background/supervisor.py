@@ -712,15 +712,19 @@ class Supervisor:
         assert job is not None
         if job.running:
             changes = self._outcome(job, answer)
-            self._end(job, changes)
-            if link is not None:
-                self._send(link, [messages.ENDED, channel.pid, job.row[KEY], changes, None])
+            self._tell_ended(channel, job, changes, None)
             return
         channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left == 0 and link is not None:
             row = [] if channel.unclean or answer.row is None else [self._text(v) for v in wire.row_values(answer.row)]
             self._unwatch(channel)
             self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
+
+    def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
+        """The worker's own session first: what others do upon the end must find it informed."""
+        if channel.link is not None:
+            self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up])
+        self._end(job, changes)
 
     def _lost(self, channel: Channel, received: bytes | None) -> bool:
         """Nothing to read: not yet (b"" stands for the end of the connection)."""
@@ -730,9 +734,7 @@ class Supervisor:
         if job is not None and job.running:
             answer = channel.answer
             changes = self._outcome(job, answer) if answer.error else _lost_connection(job)
-            self._end(job, changes)
-            if channel.link is not None:
-                self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, []])
+            self._tell_ended(channel, job, changes, [])
         self._close_channel(channel)
         return False
 
@@ -748,9 +750,7 @@ class Supervisor:
         if job is not None and job.running:
             answer = _drained_answer(channel, job)
             changes = self._outcome(job, answer) if answer is not None else _lost_connection(job)
-            self._end(job, changes)
-            if channel.link is not None:
-                self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, []])
+            self._tell_ended(channel, job, changes, [])
         self._close_channel(channel)
         return False
 

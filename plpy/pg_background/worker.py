@@ -351,7 +351,7 @@ class Worker:
                 **dict(zip(names, map(changes.get, names))),  # type: ignore[arg-type]
             )
         self.changes = changes
-        self._set_ended()
+        self._set_ended(State(changes["state"]))
 
     # --- taking in ---
 
@@ -435,16 +435,14 @@ class Worker:
             self.error = self._explained(self.error)
         if self.error is None and self.columns is None:
             self.command_tags = "\n".join(map(self._server.decode, self._tags))
-        self._set_ended()
+        stopped = self.error is None
+        self._set_ended(State.STOPPED if stopped else State.CANCELED if self._was_canceled() else State.ERROR)
         self.changes = self._changes()
         self._control.report_end([messages.FINISHED, self.key, self.changes, time.monotonic()])
 
-    def _set_ended(self) -> None:
+    def _set_ended(self, state: State) -> None:
         self.elapsed_ms = (time.monotonic() - self._started) * 1000
-        if self.error is None:
-            self.state = State.STOPPED
-        else:
-            self.state = State.CANCELED if self._was_canceled() else State.ERROR
+        self.state = state
 
     def _changes(self) -> dict[str, Any]:
         """What the end changes in the job's row."""
