@@ -310,10 +310,10 @@ class Model:
             assert rows in ([], [(None, None)], [reported])
 
     def list_workers(self, actor: Actor) -> None:
-        query = f"SELECT pid, cookie, state, consumed FROM pg_background_list_v2() AS l({LIST_COLUMNS})"
+        query = f"SELECT pid, cookie, state, consumed, last_error FROM pg_background_list_v2() AS l({LIST_COLUMNS})"
         rows = self.call(actor, query, (), {None})
         assert rows is not None
-        shown = {(pid, cookie): (state, consumed) for pid, cookie, state, consumed in rows}
+        shown = {(pid, cookie): (state, consumed, error) for pid, cookie, state, consumed, error in rows}
         assert len(shown) == len(rows)
         for job in list(actor.tracked):
             if not actor.may_manage(job):
@@ -323,12 +323,12 @@ class Model:
                 assert self.may_be_gone(job), f"job {job.number} is not listed"
                 actor.tracked.remove(job)
                 continue
-            state, consumed = shown.pop(job.handle)
+            state, consumed, error = shown.pop(job.handle)
             assert not consumed
             if state == "running":
                 assert not job.settled, f"job {job.number} has ended"
             else:
-                assert state in job.possible_states(), f"job {job.number}: {state}"
+                assert state in job.possible_states(), f"job {job.number}: {state} {error}"
                 job.settled = True
         assert not shown, "listed, but not tracked"
 

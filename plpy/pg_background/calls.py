@@ -292,6 +292,8 @@ class Runtime:
         control = self._registry.control
         if self.row_elsewhere(pid, cookie)["state"] != State.RUNNING.value:
             return "true"
+        if deadline is not None and time.monotonic() >= deadline:
+            return "false"
         if deadline is None:
             with Watch(self._server, control, pid) as watch:
                 control.ask(messages.WAIT, pid, cookie, wait_for=watch.wait_for)

@@ -67,7 +67,7 @@ class Link:
         self.may_rest = False
         self.moved_on = False
         self.reports = False  # a worker's, for its progress
-        self.waiting: dict[int, Job] = {}  # by request: whose end the session is to be told
+        self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told
         self.waits_for: int | None = None  # pid of the worker whose end the session waits for
 
 
@@ -151,7 +151,7 @@ class Supervisor:
         self._written = 0  # rows
         self._inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
         self._missing: set[int] = set()  # keys of those whose process had gone when last looked
-        self._cancels: list[tuple[Link, int, Job | None]] = []
+        self._questions: list[Callable[[], None]] = []
         self._deadlines: list[tuple[float, int]] = []
         now = time.monotonic()
         self._flush_at = self._tick_at = now
@@ -192,7 +192,7 @@ class Supervisor:
             self._serve(self._epoll.poll(self._poll_timeout(), _MAX_EVENTS))
             now = time.monotonic()
             self._read_ready_channels()
-            self._answer_cancels(now)
+            self._answer_questions()
             self._fire_deadlines(now)
             if now >= self._tick_at:
                 self._tick(now)
@@ -207,7 +207,7 @@ class Supervisor:
         self._retire()
 
     def _poll_timeout(self) -> float:
-        if self._ready or self._cancels:
+        if self._ready or self._questions:
             return 0
         now = time.monotonic()
         wake_at = now + _SLICE_S
@@ -793,23 +793,28 @@ class Supervisor:
     # --- cancel, timeouts ---
 
     def _on_cancel(self, link: Link, request: int, pid: int, cookie: int, grace_ms: int | None) -> None:
-        job = self._find(pid, cookie)
+        self._questions.append(lambda: self._cancel(link, request, self._find(pid, cookie), grace_ms))
+
+    def _cancel(self, link: Link, request: int, job: Job | None, grace_ms: int | None) -> None:
         if job is not None and job.running:
             job.canceled = True
             if grace_ms is not None:
                 job.kill_at = time.monotonic() + grace_ms / 1000
-            channel = self._channels.get(pid)
+            channel = self._channels.get(job.row["pid"])
             if channel is not None and channel.link is not None and channel.link is not link:
-                self._send(channel.link, [messages.CANCELING, pid, job.row[KEY], job.kill_at])
-        self._cancels.append((link, request, job))
+                self._send(channel.link, [messages.CANCELING, channel.pid, job.row[KEY], job.kill_at])
+            self._stop(job, time.monotonic())
+        self._send(link, [messages.REPLY, request, job is not None])
 
-    def _answer_cancels(self, now: float) -> None:
-        """Outside of the handlers: before a signal all that the worker's session has sent is taken in."""
-        cancels, self._cancels = self._cancels, []
-        for link, request, job in cancels:
-            if job is not None:
-                self._stop(job, now)
-            self._send(link, [messages.REPLY, request, job is not None])
+    def _answer_questions(self) -> None:
+        """After all that was sent before a question, by whomever, is known: a launch, or an end."""
+        if not self._questions:
+            return
+        for link in list(self._links.values()):
+            self._receive(link)
+        questions, self._questions = self._questions, []
+        for answer in questions:
+            answer()
 
     def _fire_deadlines(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -850,7 +855,7 @@ class Supervisor:
         return None
 
     def _on_find(self, link: Link, request: int, pid: int, cookie: int) -> None:
-        self._send(link, [messages.REPLY, request, self._row(pid, cookie)])
+        self._questions.append(lambda: self._send(link, [messages.REPLY, request, self._row(pid, cookie)]))
 
     def _row(self, pid: int, cookie: int) -> Row | None:
         """What is known of a handle: from memory, or from the table when it ended long ago."""
@@ -868,11 +873,18 @@ class Supervisor:
             return None
 
     def _on_wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
+        link.waiting[request] = None
+        self._questions.append(lambda: self._wait(link, request, pid, cookie))
+
+    def _wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
+        if request not in link.waiting:
+            return  # given up meanwhile
         job = self._find(pid, cookie)
         if job is not None and job.running:
             job.waiters.append((link, request))
             link.waiting[request] = job
         else:
+            del link.waiting[request]
             self._send(link, [messages.REPLY, request, self._row(pid, cookie)])
 
     def _on_forget(self, link: Link, request: int) -> None:
@@ -887,6 +899,9 @@ class Supervisor:
             self._send(link, [messages.REPLY, request, pairs])
 
     def _on_am_i_worker(self, link: Link, request: int) -> None:
+        self._questions.append(lambda: self._tell_worker(link, request))
+
+    def _tell_worker(self, link: Link, request: int) -> None:
         channel = self._channels.get(link.pid)
         known = channel is not None and channel.job is not None
         link.reports = known or self._inherited_row(link.pid) is not None
