@@ -144,6 +144,24 @@ API: tuple[Function, ...] = (
         )
     ),
     Function(
+        "pg_background_submit_on_commit_v2",
+        (
+            _SQL,
+            _QUEUE_SIZE,
+            Argument("label", "text", "NULL"),
+            Argument("params", "text[]", "NULL"),
+        ),
+        "pg_background_handle",
+        "As pg_background_submit_v2, but the job starts when the caller's transaction has committed, and never if that,"
+        " or the savepoint that the call stood in, was rolled back. The jobs of a transaction run one after the other,"
+        " in the order of the calls. The transaction cannot be prepared for two-phase commit (0A000). The handle serves"
+        " pg_background_wait_v2, pg_background_cancel_v2 and pg_background_outcome_v2; pg_background_list_v2 does not"
+        " show it.",
+        "v2",
+        START,
+        strict=False,
+    ),
+    Function(
         "pg_background_run_v2",
         (
             _SQL,
@@ -463,6 +481,17 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_placeholders", (), "how many settings this session has that pg_settings does not show."),
     Internal("_pg_background_list", (), "reply: this session's workers as JSON."),
     Internal("_pg_background_stats", (), "reply: this session's counts as JSON."),
+    Internal("_pg_background_mark", (), "leaves a marker in the caller's transaction."),
+    Internal(
+        "_pg_background_has_committed",
+        ("uuid",),
+        "waits for the end of the transaction that left this marker; whether that committed.",
+    ),
+    Internal(
+        "_pg_background_defer",
+        ("text", "int4", "text", "text[]", "text"),
+        "hands over a job that waits for the commit of the transaction with this marker; reply: its handle.",
+    ),
     Internal(
         "_pg_background_run",
         ("text", "int4", "int4", "text", "text[]"),

@@ -22,7 +22,7 @@ from .errors import (
     Report,
     background_error,
 )
-from .worker import PREVIEW_CHARACTERS, Parameters, State, Worker
+from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .calls import Runtime
@@ -101,6 +101,28 @@ class Beyond:
             parameters=self._parameters(params),
         )
         return f"({worker.pid},{worker.cookie})"
+
+    @reply
+    def defer(
+        self, sql: str | None, queue_size: int | None, label: str | None, params: list[str | None] | None, marker: str
+    ) -> str:
+        """A handle; the job waits for the commit of the transaction that has left the marker."""
+        from .on_commit import OnCommit
+
+        if self._registry.on_commit is None:
+            self._registry.on_commit = OnCommit(self._server, self._registry)
+        configuration = self._configurations.now()
+        sql = _given(sql)
+        self._runtime.refuse_forbidden(sql, configuration)
+        job = Job(
+            sql,
+            configuration.queue_bytes(queue_size or 0),
+            True,
+            _checked_label(label),
+            self._parameters(params),
+        )
+        pid, cookie = self._registry.on_commit.defer(job, configuration, marker)
+        return f"({pid},{cookie})"
 
     def _parameters(self, params: Sequence[str | None] | None) -> Parameters | None:
         """The values as bytes of the database's encoding. 22023 for an array of several dimensions."""

@@ -130,6 +130,11 @@ class Runtime:
         """Start a worker, unless its SQL holds what no worker can run (0A000)."""
         configuration = self._configurations.now()
         job = Job(sql, configuration.queue_bytes(queue_size), submitted, label, parameters, discards)
+        self.refuse_forbidden(sql, configuration)
+        return self._registry.launch(job, configuration, v1=v1)
+
+    def refuse_forbidden(self, sql: str, configuration: settings.Configuration) -> None:
+        """0A000 for what no worker can run."""
         command = lexer.forbidden(sql, configuration.standard_strings)
         if command is not None:
             raise background_error(

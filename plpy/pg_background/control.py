@@ -29,6 +29,7 @@ _CONNECTION_OK = 0
 _MODULES = (
     "__init__",
     "bootstrap",
+    "deferral",
     "messages",
     "process",
     "progress",
@@ -169,17 +170,19 @@ class Control:
                     f"'{APPLICATION_NAME}' in pg_stat_activity; pg_terminate_backend() makes room for another.",
                 )
 
-    def tell(self, message: list[Any], about: WorkerSession | None = None) -> None:
+    def tell(self, message: list[Any], about: WorkerSession | None = None, *files: int) -> None:
         """Send a message. A supervisor that is gone is replaced first, and told of everything else.
 
         about: the session that it speaks of, whose socket goes with it if this supervisor has not got it yet.
+        files: descriptors that go with it, behind that.
         """
         while True:
             self.ensure()
             assert self._socket is not None
             unknown = about is not None and about.known_to_supervisor != self._connections
             try:
-                messages.send(self._socket, message, about.connection.socket if about and unknown else None)
+                sockets = (about.connection.socket,) if about is not None and unknown else ()
+                messages.send(self._socket, message, *sockets, *files)
             except BlockingIOError:
                 self._server.wait_for(((self._socket.fileno(), WRITABLE | READABLE),), None)
                 self.hear()

@@ -19,6 +19,8 @@ from . import progress
 # session -> supervisor
 HELLO = "hello"  # digest of the sender's runtime
 JOB = "job"  # row of the job (see store.COLUMNS), extras; with the worker's socket, once for each connection
+# row of the job, extras; with the worker's socket as JOB, and a file in memory that holds deferral.Packet
+DEFER = "defer"
 FINISHED = "finished"  # key, changed columns of its row, time.monotonic() after the end
 DETACH = "detach"  # worker pid: the session lets go, the supervisor reads to the end
 CLOSED = "closed"  # worker pid: the connection is no more
@@ -47,6 +49,9 @@ CANCELING = "canceling"
 MOVED = "moved"  # another supervisor will take over: connect anew
 NO_DESCRIPTOR = "no descriptor"  # this supervisor may not open more files; the connection ends
 REPLY = "reply"  # request, value
+
+# In place of a clean-up's answer: a deferred job has ended without having been sent.
+NOT_RUN = ["not run"]
 
 # What both ends say of a job that the server was made to stop.
 TIMED_OUT = "canceling background worker due to pg_background.worker_timeout"
@@ -87,15 +92,15 @@ def peer_pid(connection: socket.socket) -> int:
     return pid
 
 
-def send(connection: socket.socket, message: list[Any], descriptor: int | None = None) -> None:
+def send(connection: socket.socket, message: list[Any], *descriptors: int) -> None:
     """Send a message whole. BlockingIOError where it would wait, OSError where nobody is there."""
     packet = _encode(message).encode()
     if len(packet) > _MAX_BYTES:
         packet = _encode(_shortened(message)).encode()
-    if descriptor is None:
+    if not descriptors:
         connection.send(packet, socket.MSG_NOSIGNAL)
     else:
-        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [descriptor]))
+        rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
         connection.sendmsg([packet], [rights], socket.MSG_NOSIGNAL)
 
 

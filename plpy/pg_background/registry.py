@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import messages
 from .control import Control
@@ -26,6 +26,9 @@ from .server import READABLE, Server
 from .session import WorkerSession
 from .settings import Configuration
 from .worker import Job, State, Worker
+
+if TYPE_CHECKING:
+    from .on_commit import OnCommit
 
 _REMEMBERED = 200
 _KEPT_SQL_CHARACTERS = 50_000
@@ -60,6 +63,7 @@ class Registry:
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
         self.released: deque[Released] = deque(maxlen=_REMEMBERED)
+        self.on_commit: OnCommit | None = None  # once there were jobs that wait for a commit
         self.counts = dict.fromkeys(State, 0)
         self.launched = 0
         self._elapsed_ms = 0.0
@@ -170,6 +174,27 @@ class Registry:
                 self._end_session(session)
                 raise
         return session
+
+    def session_apart(self, configuration: Configuration) -> WorkerSession:
+        """A session for jobs that are not tracked, which takes a place of max_workers all the same."""
+        self._configuration = configuration
+        deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
+        room = configuration.max_workers - (len(self.on_commit) if self.on_commit is not None else 0)
+        if len(self._workers) >= room:
+            self._wait_for_room(room, deadline)
+        return self._session(configuration, deadline)
+
+    def can_serve(self, session: WorkerSession, configuration: Configuration) -> bool:
+        """Whether a session is the caller's, and can take these settings on."""
+        if session.role_oid != self.server.caller():
+            return False
+        state = configuration.guc_state
+        return session.guc_state == state or self._inheritance.fits(state, session.inherited)
+
+    def adopt_settings(self, session: WorkerSession, configuration: Configuration) -> bytes:
+        """Note that the session has these settings when the returned query has been run."""
+        session.guc_state = configuration.guc_state
+        return session.adopt(self._inheritance.again(configuration.guc_state, session.inherited))
 
     def prove_session(self, configuration: Configuration) -> list[str]:
         """Start a worker session of the caller's, as a launch would, and end it: its current and its session user."""
@@ -311,6 +336,8 @@ class Registry:
 
     def retire(self) -> None:
         """Let all workers go on to their ends; another runtime takes over."""
+        if self.on_commit is not None:
+            self.on_commit.leave_behind()
         for worker in list(self._workers.values()):
             self.release(worker)
         self._drop_idle_sessions()
@@ -320,7 +347,8 @@ class Registry:
 
     def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
         """A job that the supervisor reads has ended, or its session was cleaned for reuse."""
-        del pid  # the key says it all
+        if self.on_commit is not None and self.on_commit.take(pid, key, changes, clean_up):
+            return
         worker = self._elsewhere.pop(key, None)
         if worker is not None and changes is not None:
             worker.on_ended(changes)
@@ -333,11 +361,11 @@ class Registry:
         session = self._cleaned_elsewhere.pop(key, None)
         if session is None:
             return
-        if (
-            self._configuration is not None
-            and self._pool.has_room(self._configuration.pool_size)
-            and session.is_clean(clean_up)
-        ):
+        self.put_back(session, clean=session.is_clean(clean_up))
+
+    def put_back(self, session: WorkerSession, *, clean: bool) -> None:
+        """Keep a session for the next job, or end it."""
+        if clean and self._configuration is not None and self._pool.has_room(self._configuration.pool_size):
             self._pool.put(session)
         else:
             self._end_session(session)
@@ -353,6 +381,8 @@ class Registry:
 
     def hand_over_again(self) -> None:
         """Tell a new supervisor of every running job, with its socket."""
+        if self.on_commit is not None:
+            self.on_commit.leave_behind()
         sessions = [worker.session for worker in [*self._workers.values(), *self._elsewhere.values()]]
         for session in [*sessions, *self._pool.idle]:
             session.known_to_supervisor = 0

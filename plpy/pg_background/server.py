@@ -18,6 +18,8 @@ from .errors import INTERNAL_ERROR, BackgroundError, Report
 # A wait looks at the server's interrupts at least this often; a signal ends the slice at once.
 _SLICE_MS = 100
 
+_ACCESSED_TEMPORARY_NAMESPACE = 1  # XACT_FLAGS_ACCESSEDTEMPNAMESPACE
+
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
 
@@ -139,6 +141,13 @@ class Server:
             [oid],
         )
         return Role(rows[0]["name"], bool(rows[0]["is_superuser"])) if rows else None
+
+    def forbid_prepare(self) -> None:
+        """Make PREPARE TRANSACTION of this transaction an error of the server's: it would wait for no worker.
+
+        The server refuses it where temporary objects were used, of which this is the mark.
+        """
+        ctypes.c_int.in_dll(self._backend, "MyXactFlags").value |= _ACCESSED_TEMPORARY_NAMESPACE
 
     def home(self) -> str:
         """The extension's schema, quoted."""

@@ -125,13 +125,16 @@ class WorkerSession:
 
     def inherit(self, inherited: Inherited) -> None:
         """Set the launcher's current values."""
+        assignment = self.adopt(inherited)
+        if assignment:
+            self.run(assignment)
+
+    def adopt(self, inherited: Inherited) -> bytes:
+        """As inherit, where the caller has the returned query run, unless it is empty."""
         assigned_before, self.inherited = bool(self.inherited.assign), inherited
         self._custom_names |= inherited.custom_names
         self._proven_answer = b""
-        if assigned_before:
-            self.run(b"RESET ALL; " + inherited.assign)
-        elif inherited.assign:
-            self.run(inherited.assign)
+        return b"RESET ALL; " + inherited.assign if assigned_before else inherited.assign
 
     def _switch_block(self, inherited: Inherited) -> bytes:
         """The DO block that becomes the role. Python's own literals carry the values, in plain ASCII."""
@@ -298,6 +301,13 @@ class WorkerSession:
             return os.write(self.connection.socket, packet)
         except BlockingIOError:
             return 0
+
+    def abandon(self) -> None:
+        """Leave the connection to the supervisor, which has a duplicate: libpq would tell the server of its end."""
+        nowhere = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        os.dup2(nowhere, self.connection.socket, inheritable=False)
+        os.close(nowhere)
+        self.close()
 
     def close(self) -> None:
         """End the connection. What is under way goes on to its end unless it has much to say."""

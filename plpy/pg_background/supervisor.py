@@ -21,6 +21,7 @@ from datetime import datetime, timezone
 from typing import Any, Callable
 
 from . import messages, wire
+from .deferral import Deferred, Queue, packet_from
 from .process import Process, process_start
 from .store import ENDS, KEY, MAX_ROWS, Row, Store
 
@@ -105,6 +106,7 @@ class Channel:
         self.previous: Job | None = None
         self.reads = False  # a submitted job: read message by message
         self.drains = False  # nobody else reads it any more: read to the end of the connection
+        self.queue: Queue[Job] | None = None  # jobs that wait for a commit
         self.writing = False  # the session has not sent the whole job yet
         self.farewell_due = False  # the end of the connection is to be queued behind the job
         self.answer = wire.Answer()
@@ -113,6 +115,12 @@ class Channel:
         self.skip = 0
         self.window = _WINDOW_BYTES
         self.tail = b""
+
+    @property
+    def works(self) -> bool:
+        """Whether something is still to come."""
+        runs = self.job is not None and self.job.running
+        return self.drains or runs or (self.queue is not None and self.queue.is_busy)
 
 
 class Supervisor:
@@ -164,6 +172,7 @@ class Supervisor:
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
             messages.JOB: self._on_job,
+            messages.DEFER: self._on_defer,
             messages.FINISHED: self._on_finished,
             messages.DETACH: self._on_detach,
             messages.CLOSED: self._on_closed,
@@ -316,7 +325,7 @@ class Supervisor:
             self._make_room()
 
     def _is_done(self, now: float) -> bool:
-        if any(c.drains or (c.job is not None and c.job.running) for c in self._channels.values()):
+        if any(channel.works for channel in self._channels.values()):
             self._idle_since = now
             return False
         if not self._links:
@@ -381,7 +390,7 @@ class Supervisor:
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
             if handler is None:
                 raise messages.ProtocolError(f"unknown kind {kind!r}")
-            if kind == messages.JOB:
+            if kind in (messages.JOB, messages.DEFER):
                 handler(link, descriptors, *arguments)
             else:
                 handler(link, *arguments)
@@ -428,7 +437,9 @@ class Supervisor:
             if channel is None or channel.link is not link:
                 continue
             job = channel.job
-            if link.moved_on:
+            if channel.queue is not None and channel.queue.is_busy:
+                channel.link = None
+            elif link.moved_on:
                 self._forget(channel)
             elif job is None or not job.running:
                 self._close_channel(channel)
@@ -492,6 +503,7 @@ class Supervisor:
         if timeout_ms:
             heapq.heappush(self._deadlines, (job.started + timeout_ms / 1000, key))
         channel.reads = row["submitted"]
+        channel.queue = None
         link.may_rest = not channel.reads
         if extras.get("unknown_position"):
             self._drain(channel)
@@ -540,6 +552,8 @@ class Supervisor:
     def _watch(self, channel: Channel) -> None:
         """Be told of each arrival once; what lies unread for the session must not wake us again."""
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+        if channel.queue is not None and channel.queue.outgoing:
+            events |= select.EPOLLOUT
         try:
             self._epoll.register(channel.connection.fileno(), events)
         except FileExistsError:
@@ -680,6 +694,7 @@ class Supervisor:
 
     def _read_answers(self, channel: Channel) -> bool:
         """Read a submitted job's answer, and those of the clean-up queued behind it."""
+        self._send_outgoing(channel)
         if channel.skip:
             thrown = _receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
             if not thrown:
@@ -707,6 +722,9 @@ class Supervisor:
     def _answered(self, channel: Channel) -> None:
         """A group is complete. The session is told before its bytes are taken from the socket."""
         answer, channel.answer = channel.answer, wire.Answer()
+        if channel.queue is not None and channel.queue.asked is not None:
+            self._judge(channel, channel.queue, channel.queue.asked, answer)
+            return
         channel.answers_left -= 1
         job, link = channel.job, channel.link
         assert job is not None
@@ -719,6 +737,9 @@ class Supervisor:
             row = [] if channel.unclean or answer.row is None else [self._text(v) for v in wire.row_values(answer.row)]
             self._unwatch(channel)
             self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
+        if channel.answers_left == 0 and channel.queue is not None:
+            channel.queue.runs = False
+            self._ask_next(channel, channel.queue)
 
     def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
         """The worker's own session first: what others do upon the end must find it informed."""
@@ -735,8 +756,104 @@ class Supervisor:
             answer = channel.answer
             changes = self._outcome(job, answer) if answer.error else _lost_connection(job)
             self._tell_ended(channel, job, changes, [])
+        if channel.queue is not None:
+            for item in channel.queue.unstarted():
+                self._end_unsent(channel, item.job, _lost_connection(item.job))
         self._close_channel(channel)
         return False
+
+    # --- jobs that wait for a commit ---
+
+    def _on_defer(self, link: Link, descriptors: list[int], row: Row, extras: dict[str, Any]) -> None:
+        """The last descriptor is the packet's file."""
+        file = descriptors.pop()
+        try:
+            packet = packet_from(file, extras)
+        finally:
+            os.close(file)
+        row = dict(row, launcher_pid=link.pid, launcher_start=link.process_start)
+        pid = int(row["pid"])
+        if descriptors:
+            self._adopt(link, pid, row["process_start"], descriptors.pop(0))
+        channel = self._channels[pid]
+        channel.reads = True
+        queue = channel.queue = channel.queue or Queue()
+        job = self._jobs[int(row[KEY])] = Job(row, extras)
+        self._mark_dirty(row)
+        idle = not queue.is_busy
+        queue.waiting.append(Deferred(job, packet, int(extras["timeout_ms"])))
+        if idle:
+            self._ask_next(channel, queue)
+
+    def _ask_next(self, channel: Channel, queue: Queue[Job]) -> None:
+        """Send the guard of the next job; after the last one a session without a launcher ends."""
+        if queue.waiting:
+            queue.asked = queue.waiting.popleft()
+            queue.answers_left, queue.has_committed, queue.error = queue.asked.packet.guard_answers, False, None
+            channel.answer, channel.answers_left = wire.Answer(), 1
+            self._write(channel, queue, queue.asked.packet.guard)
+        elif channel.link is None:
+            self._terminate_after_job(channel)
+
+    def _judge(self, channel: Channel, queue: Queue[Job], item: Deferred[Job], answer: wire.Answer) -> None:
+        """One of the guard's answers has come; the first one's row is the verdict."""
+        if queue.answers_left == item.packet.guard_answers and answer.row is not None:
+            queue.has_committed = wire.row_values(answer.row) == [b"t"]
+        if answer.error is not None and queue.error is None:
+            queue.error = answer
+        queue.answers_left -= 1
+        if queue.answers_left:
+            return
+        queue.asked = None
+        if queue.has_committed and queue.error is None and item.job.running:
+            self._start_deferred(channel, queue, item)
+            return
+        changes = _rolled_back() if queue.error is None else self._outcome(item.job, queue.error)
+        self._end_unsent(channel, item.job, changes)
+        self._ask_next(channel, queue)
+
+    def _start_deferred(self, channel: Channel, queue: Queue[Job], item: Deferred[Job]) -> None:
+        job = item.job
+        job.started = time.monotonic()
+        job.row["launched_at"] = _now()
+        self._mark_dirty(job.row)
+        channel.previous, channel.job = channel.job, job
+        channel.answer, channel.answers_left, channel.unclean = wire.Answer(), 1 + job.groups_after, False
+        if item.timeout_ms:
+            heapq.heappush(self._deadlines, (job.started + item.timeout_ms / 1000, job.row[KEY]))
+        queue.runs = True
+        self._write(channel, queue, item.packet.job)
+
+    def _end_unsent(self, channel: Channel, job: Job, changes: Row) -> None:
+        """A job has ended without having been sent; if it was cancelled, that is known already."""
+        if channel.link is not None:
+            self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN])
+        if job.running:
+            self._end(job, changes)
+
+    def _write(self, channel: Channel, queue: Queue[Job], packet: bytes) -> None:
+        queue.outgoing += packet
+        self._send_outgoing(channel)
+        self._watch(channel)
+
+    def _send_outgoing(self, channel: Channel) -> None:
+        """As much as fits; an event tells when more does."""
+        queue = channel.queue
+        if queue is None:
+            return
+        try:
+            while queue.outgoing:
+                sent = channel.connection.send(queue.outgoing, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+                queue.outgoing = queue.outgoing[sent:]
+        except BlockingIOError:
+            pass  # later
+        except OSError:
+            queue.outgoing = b""  # the worker has gone: reading finds that out
+
+    def _waiting_job(self, channel: Channel, cookie: int) -> Job | None:
+        queue = channel.queue
+        jobs = [item.job for item in queue.unstarted()] if queue is not None else []
+        return next((job for job in jobs if job.row["cookie"] == cookie), None)
 
     def _read_to_the_end(self, channel: Channel) -> bool:
         """Throw a stream away whose place in a message nobody knows; its last bytes tell the outcome."""
@@ -804,6 +921,8 @@ class Supervisor:
             if channel is not None and channel.link is not None and channel.link is not link:
                 self._send(channel.link, [messages.CANCELING, channel.pid, job.row[KEY], job.kill_at])
             self._stop(job, time.monotonic())
+            if job.running and channel is not None and self._waiting_job(channel, job.row["cookie"]) is job:
+                self._end(job, _canceled_before())
         self._send(link, [messages.REPLY, request, job is not None])
 
     def _answer_questions(self) -> None:
@@ -848,6 +967,9 @@ class Supervisor:
         channel = self._channels.get(pid)
         if channel is not None and channel.job is not None and channel.job.row["cookie"] == cookie:
             return channel.job
+        waiting = self._waiting_job(channel, cookie) if channel is not None else None
+        if waiting is not None:
+            return waiting
         for key in reversed(self._finished):
             job = self._jobs.get(key)
             if job is not None and job.row["pid"] == pid and job.row["cookie"] == cookie:
@@ -1090,6 +1212,18 @@ def _hung_up(connection: socket.socket) -> bool:
     poll = select.poll()
     poll.register(connection, select.POLLRDHUP)
     return bool(poll.poll(0))
+
+
+def _rolled_back() -> Row:
+    """40000, the class of transactions that were rolled back."""
+    message = "the transaction that submitted the background job was rolled back"
+    return {"state": "canceled", "sqlstate": "40000", "error_message": message, "finished_at": _now()}
+
+
+def _canceled_before() -> Row:
+    """As a cancel of what runs."""
+    message = "the background job was canceled before it started"
+    return {"state": "canceled", "sqlstate": "57014", "error_message": message, "finished_at": _now()}
 
 
 def _never_ran() -> Row:

@@ -95,7 +95,7 @@ class Worker:
         self.job = job
         self.configuration = configuration
         self.pid = session.pid
-        self.key = secrets.randbits(_KEY_BITS) or 1
+        self.key = secrets.randbits(KEY_BITS) or 1
         self.cookie = 0 if v1 else self.key
         self.role_oid = session.role_oid
         self.launched_at = datetime.now(timezone.utc)

@@ -1,0 +1,165 @@
+"""Jobs that run after the caller's transaction has committed, and never if it has rolled back.
+
+Each call leaves a row with a random key in the caller's transaction. A worker session, set up as the caller, is handed
+to the supervisor with the job and its guard: a query that inserts the same key, which makes the server wait for the
+end of the (sub)transaction that has inserted it first, and tells whether that row stayed. The jobs of a transaction
+share a session, and run in the order of their submission.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+import uuid
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+from . import messages, wire
+from .errors import INVALID_PARAMETER_VALUE, background_error
+from .session import CLEAN_UP_ANSWERS, WorkerSession
+from .worker import KEY_BITS, PREVIEW_CHARACTERS, Job
+
+if TYPE_CHECKING:
+    from .registry import Registry
+    from .server import Server
+    from .settings import Configuration
+
+
+class Batch:
+    """A worker session with the jobs of one transaction."""
+
+    def __init__(self, session: WorkerSession, transaction: str) -> None:
+        self.session = session
+        self.transaction = transaction
+        self.unresolved: set[int] = set()  # keys
+        self.dirty = False
+
+
+class OnCommit:
+    """This session's jobs that wait for a commit."""
+
+    def __init__(self, server: Server, registry: Registry) -> None:
+        self._server = server
+        self._registry = registry
+        self._batches: dict[int, Batch] = {}  # by the worker's pid
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def defer(self, job: Job, configuration: Configuration, marker: str) -> tuple[int, int]:
+        """Hand a job over; its handle. `marker`: the key of the row that this transaction has inserted for it."""
+        batch = self._batch(configuration)
+        session = batch.session
+        key = secrets.randbits(KEY_BITS) or 1
+        guard, answers = self._guard(_checked_key(marker), session, configuration)
+        encoded, parameters = self._server.encode(job.sql), job.parameters
+        packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
+        packet += session.clean_up_packet(configuration.pool_idle_timeout_ms)
+        row = {
+            "key": key,
+            "pid": session.pid,
+            "cookie": key,
+            "role_oid": session.role_oid,
+            "label": job.label,
+            "submitted": True,
+            "queue_size": job.queue_size,
+            "sql_preview": job.sql[:PREVIEW_CHARACTERS],
+            "launched_at": datetime.now(timezone.utc).isoformat(),
+            "process_start": session.process_start,
+            "state": "running",
+            "history_ms": configuration.history_ms,
+            "consumed": False,
+        }
+        extras = {
+            "clean_ups": CLEAN_UP_ANSWERS,
+            "timeout_ms": configuration.worker_timeout_ms,
+            "started": time.monotonic(),
+            "guard_bytes": len(guard),
+            "guard_answers": answers,
+        }
+        self._server.forbid_prepare()
+        file = os.memfd_create("pg_background", os.MFD_CLOEXEC)
+        try:
+            _write_all(file, guard + packet)
+            batch.unresolved.add(key)
+            self._registry.control.tell([messages.DEFER, row, extras], session, file)
+        except BaseException:
+            batch.unresolved.discard(key)
+            raise
+        finally:
+            os.close(file)
+        return session.pid, key
+
+    def _batch(self, configuration: Configuration) -> Batch:
+        """The batch of this transaction whose session can take these settings on, or a new one."""
+        registry = self._registry
+        registry.control.hear_or_replace()
+        transaction = str(
+            self._server.query("SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid")[0]["xid"]
+        )
+        for batch in list(self._batches.values()):
+            if batch.transaction != transaction and batch.unresolved:
+                continue
+            if not batch.dirty and registry.can_serve(batch.session, configuration):
+                batch.transaction = transaction
+                return batch
+            if not batch.unresolved:
+                self._let_go(batch)
+        session = registry.session_apart(configuration)
+        self._batches[session.pid] = batch = Batch(session, transaction)
+        return batch
+
+    def _guard(self, marker: str, session: WorkerSession, configuration: Configuration) -> tuple[bytes, int]:
+        """The guard's packet, and how many answers it has: the settings of this call follow where they are others."""
+        verdict = (
+            "SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; SET LOCAL statement_timeout = 0;"
+            " SET LOCAL lock_timeout = 0; "
+            + ("SET LOCAL transaction_timeout = 0; " if self._server.major >= 17 else "")
+            + f"SELECT {self._server.home()}._pg_background_has_committed('{marker}')"
+        )
+        packet = wire.query_message(self._server.encode(verdict))
+        if session.guc_state == configuration.guc_state:
+            return packet, 1
+        return packet + wire.query_message(self._registry.adopt_settings(session, configuration)), 2
+
+    # --- news ---
+
+    def take(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> bool:
+        """News of a job; False if it is none of these."""
+        batch = self._batches.get(pid)
+        if batch is None or key not in batch.unresolved:
+            return False
+        if clean_up is None:
+            return True
+        batch.unresolved.discard(key)
+        has_run = clean_up != messages.NOT_RUN
+        if has_run and (changes is not None or not batch.session.is_clean(clean_up)):
+            batch.dirty = True
+        if has_run and not batch.unresolved:  # so the transaction is over
+            self._let_go(batch)
+        return True
+
+    def _let_go(self, batch: Batch) -> None:
+        del self._batches[batch.session.pid]
+        self._registry.put_back(batch.session, clean=not batch.dirty)
+
+    def leave_behind(self) -> None:
+        """Another supervisor is there: the one that has these jobs sees them to their ends."""
+        for batch in self._batches.values():
+            batch.session.abandon()
+        self._batches.clear()
+
+
+def _checked_key(marker: str) -> str:
+    """A key as it goes into SQL. 22023 for anything else."""
+    try:
+        return str(uuid.UUID(marker))
+    except ValueError as error:
+        raise background_error(INVALID_PARAMETER_VALUE, "the marker of a transaction must be a UUID") from error
+
+
+def _write_all(file: int, content: bytes) -> None:
+    written = 0
+    while written < len(content):
+        written += os.write(file, content[written:])
