@@ -35,6 +35,7 @@ _KEPT_SQL_CHARACTERS = 50_000
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
 _SLOT_RETRY_S = 0.05
 _CLEAN_UP_S = 0.01
+_WAITS_FOR_ANOTHER = 50
 
 
 class Released(NamedTuple):
@@ -59,6 +60,7 @@ class Registry:
         self.control.listener = self
         self._pool = Pool(server)
         self._configuration: Configuration | None = None  # of the latest launch
+        self._waits_for_clean_up = 0
         self._workers: dict[int, Worker] = {}  # tracked, by pid
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
@@ -126,11 +128,24 @@ class Registry:
         if configuration.pool_size:
             while True:
                 session = self._kept_session(role_oid, configuration)
-                if session is None:
+                if session is None or self._wants_another(session, configuration):
                     break
                 if self._is_ready(session):
                     return self._renew(session, guc_state)
         return self._new_session(role_oid, guc_state, deadline)
+
+    def _wants_another(self, session: WorkerSession, configuration: Configuration) -> bool:
+        """Whether to start a second session for jobs in turn: while one is cleaned, the other runs.
+
+        True for a session that keeps its launcher waiting for its clean-up, once in so many times; it goes back.
+        """
+        if configuration.pool_size <= len(self._pool.idle) + 1 or session.is_clean_up_done:
+            return False
+        self._waits_for_clean_up += 1
+        if self._waits_for_clean_up % _WAITS_FOR_ANOTHER:
+            return False
+        self._pool.put(session)
+        return True
 
     def _is_ready(self, session: WorkerSession) -> bool:
         """Whether a kept session was cleaned well; otherwise it has been ended."""

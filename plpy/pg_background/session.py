@@ -183,6 +183,11 @@ class WorkerSession:
             raise BackgroundError(backend_died(self.pid))
         self._answers_awaited = CLEAN_UP_ANSWERS
 
+    @property
+    def is_clean_up_done(self) -> bool:
+        """Whether finish_clean_up would not have to wait, as far as can be seen."""
+        return not self._answers_awaited or self._server.is_readable(self.connection.socket)
+
     def finish_clean_up(self) -> bool:
         """Whether the session may be used again. Seldom waits: the answers have come long ago."""
         if not self._answers_awaited:
