@@ -143,7 +143,6 @@ class Runtime:
                 detail="Its SQL runs as one implicit transaction, without a client of its own.",
                 hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
             )
-        return self._registry.launch(job, configuration, v1=v1)
 
     # --- reading ---
 

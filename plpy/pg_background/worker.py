@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # What a wait keeps in memory of a worker's unread output, beyond its queue_size, before it goes to a file.
 _KEPT_BYTES = 4 * 1024 * 1024
 _NO_LIMIT = 1 << 62
-_KEY_BITS = 63
+KEY_BITS = 63
 PREVIEW_CHARACTERS = 120
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
 _TYPICAL_ROW_BYTES = 256
