@@ -68,6 +68,7 @@ class Link:
         self.may_rest = False
         self.moved_on = False
         self.reports = False  # a worker's, for its progress
+        self.packets: list[bytes] = []  # reports that have not been looked at
         self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told
         self.waits_for: int | None = None  # pid of the worker whose end the session waits for
 
@@ -152,7 +153,7 @@ class Supervisor:
         self._finished: deque[int] = deque()
         self._dirty: dict[int, Row] = {}
         self._reporters: dict[int, Link] = {}  # by pid
-        self._early: dict[int, list[Any]] = {}  # by pid: a report that came before its job
+        self._unheard: set[Link] = set()  # those whose reports came before it was known of which job
         self._resting: list[Link] = []  # those that are not polled for a moment
         self._wake_at = 0.0  # when they are again
         self._unwritable = False  # at the last attempt
@@ -201,6 +202,8 @@ class Supervisor:
             self._serve(self._epoll.poll(self._poll_timeout(), _MAX_EVENTS))
             now = time.monotonic()
             self._read_ready_channels()
+            while self._unheard:
+                self._hear_reports(self._unheard.pop())
             self._answer_questions()
             self._fire_deadlines(now)
             if now >= self._tick_at:
@@ -216,7 +219,7 @@ class Supervisor:
         self._retire()
 
     def _poll_timeout(self) -> float:
-        if self._ready or self._questions:
+        if self._ready or self._questions or self._unheard:
             return 0
         now = time.monotonic()
         wake_at = now + _SLICE_S
@@ -275,10 +278,15 @@ class Supervisor:
     def _hear_reports(self, link: Link, until: float | None = None) -> None:
         """Of several reports of one job the last one counts.
 
-        until: when the current job had ended; what was reported later is for a job that is not announced yet.
+        until: when the current job had ended; what was reported later is for a job that is to be announced first.
         """
         packets, gone = messages.receive_all(link.connection, _REPORTS_AT_ONCE)
+        link.packets += packets
         channel = self._channels.get(link.pid)
+        if until is None and channel is not None and channel.link is not None:
+            self._receive(channel.link)  # a job was announced before it could report
+            channel = self._channels.get(link.pid)
+        packets, link.packets = link.packets, []
         border = until
         if border is None:
             border = channel.job.started if channel is not None and channel.job is not None else 0.0
@@ -289,10 +297,11 @@ class Supervisor:
             for kind, *arguments in reports:
                 if kind != messages.PROGRESS:
                     raise messages.ProtocolError(kind)
-                if until is not None and arguments[2] > until:
-                    self._early[link.pid] = arguments
-                else:
-                    self._on_progress(link, *arguments)
+                if until is None or arguments[2] <= until:
+                    self._note_progress(link.pid, *arguments)
+            if until is not None and reports and reports[-1][3] > until:
+                link.packets = [packet for packet in packets if json.loads(packet)[3] > until]
+                self._unheard.add(link)
         except (messages.ProtocolError, TypeError, ValueError, IndexError, RecursionError):
             gone = True
         if gone:
@@ -492,8 +501,6 @@ class Supervisor:
         job = Job(row, extras)
         self._jobs[key] = job
         channel.previous, channel.job = channel.job, job
-        if pid in self._early:
-            self._on_progress(link, *self._early.pop(pid), pid=pid)
         channel.writing = bool(extras.get("writing"))
         channel.answer = wire.Answer()
         channel.answers_left = 1 + job.groups_after
@@ -930,7 +937,10 @@ class Supervisor:
         if not self._questions:
             return
         for link in list(self._links.values()):
-            self._receive(link)
+            if link.reports:
+                self._hear_reports(link)
+            else:
+                self._receive(link)
         questions, self._questions = self._questions, []
         for answer in questions:
             answer()
@@ -1032,15 +1042,16 @@ class Supervisor:
             self._reporters[link.pid] = link
             self._resting.append(link)
 
-    def _on_progress(
-        self, link: Link, percent: int, text: str | None, at: float, *, pid: int | None = None
-    ) -> None:
+    def _on_progress(self, link: Link, percent: int, text: str | None, at: float) -> None:
+        self._note_progress(link.pid, percent, text, at)
+
+    def _note_progress(self, pid: int, percent: int, text: str | None, at: float) -> None:
         """A report may be read after the end of its job, even after the start of the next: `at` tells whose it is."""
-        channel = self._channels.get(link.pid)
+        channel = self._channels.get(pid)
         job = channel.job if channel is not None else None
         if channel is not None and job is not None and at < job.started:
             job = channel.previous
-        row = job.row if job is not None else self._inherited_row(link.pid)
+        row = job.row if job is not None else self._inherited_row(pid)
         if row is not None:
             row.update(progress_pct=percent, progress_msg=text)
             self._mark_dirty(row)
