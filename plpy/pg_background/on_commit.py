@@ -98,14 +98,14 @@ class OnCommit:
         transaction = str(
             self._server.query("SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid")[0]["xid"]
         )
-        for batch in list(self._batches.values()):
-            if batch.transaction != transaction and batch.unresolved:
-                continue
+        own = [batch for batch in self._batches.values() if batch.transaction == transaction]
+        idle = [batch for batch in self._batches.values() if batch not in own and not batch.unresolved]
+        for batch in own + idle:
             if not batch.dirty and registry.can_serve(batch.session, configuration):
                 batch.transaction = transaction
                 return batch
-            if not batch.unresolved:
-                self._let_go(batch)
+        for batch in idle:
+            self._let_go(batch)
         session = registry.session_apart(configuration)
         self._batches[session.pid] = batch = Batch(session, transaction)
         return batch
