@@ -617,11 +617,15 @@ class Supervisor:
             self._mark_dirty(row)
 
     def _on_detach(self, link: Link, pid: int) -> None:
-        channel = self._channels[pid]
+        channel = self._channels.get(pid)
+        if channel is None or channel.link is not link:
+            return  # its backend has gone, of which the session has been told
         if channel.job is not None and channel.job.running:
             self._drain(channel)
             self._terminate_after_job(channel)
             return
+        if channel.reads:
+            return  # the session has been told of the end, and may have kept the connection by now
         if channel.job is not None:
             self._tell_end(link, channel.job.row)  # seen here before the session looked
         self._close_channel(channel)
