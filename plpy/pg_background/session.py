@@ -117,10 +117,13 @@ class WorkerSession:
             self.run(self._switch_block(inherited))
             self._count_placeholders = self._server.home().encode() + b"._pg_background_placeholders()"
         self.verify()
-        self.inherit(inherited)
         if self._count_placeholders and self.role_oid not in hidden_settings:
-            counted = self.run(b"SELECT " + self._count_placeholders).get_value(0, 0) or b"0"
+            # In one query with the settings: a transaction under them may be one that waits for the launcher's to end.
+            count = b"SELECT " + self._count_placeholders
+            counted = self.run(b"; ".join(filter(None, (self.adopt(inherited), count)))).get_value(0, 0) or b"0"
             hidden_settings[self.role_oid] = int(counted) - len(self._custom_names)
+        else:
+            self.inherit(inherited)
         self._hidden_settings = hidden_settings.get(self.role_oid, 0)
 
     def inherit(self, inherited: Inherited) -> None:
