@@ -294,6 +294,10 @@ class Control:
     def close(self) -> None:
         """Leave the supervisor."""
         self._drop()
+        self.leave_start()
+
+    def leave_start(self) -> None:
+        """Nothing came of the launch that had a supervisor started: let others start one."""
         if self._starting is not None:
             self._starting.close()
             self._starting = None

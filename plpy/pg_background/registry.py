@@ -84,7 +84,11 @@ class Registry:
         if len(self._workers) >= configuration.max_workers:
             self._wait_for_room(configuration.max_workers, deadline)
         self.control.prepare()  # it starts while the worker's session does
-        session = self._session(configuration, deadline)
+        try:
+            session = self._session(configuration, deadline)
+        except BaseException:
+            self.control.leave_start()
+            raise
         worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
         try:
             if job.submitted:
