@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import random
 import threading
 import time
@@ -16,6 +18,8 @@ from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
 
 Connect = Callable[..., Session]
+
+CANCELS = int(os.environ.get("PG_BACKGROUND_CANCELS", "100"))  # at random moments
 
 SLEEP = "SELECT pg_sleep(60)"
 # Catches every cancel, so that only the termination ends it.
@@ -273,47 +277,49 @@ def test_rows_of_a_worker_that_was_faster_than_its_cancel_are_all_there(
 
 
 @pytest.mark.local_server
-@pytest.mark.parametrize("call", [launch, submit])
-def test_cancel_during_the_commit_is_no_cancel(
-    start_cluster: Callable[..., Cluster], call: Callable[[Session, str], Handle]
-) -> None:
+def test_cancel_during_the_commit_is_no_cancel(start_cluster: Callable[..., Cluster]) -> None:
     """A server that logs durations makes of a signal in the commit an error after it."""
     settings = {"log_min_duration_statement": "0", "commit_delay": "100000", "commit_siblings": "0", "fsync": "on"}
     cluster = start_cluster("trust", settings)
     with cluster.connect(cluster.create_database()) as session:
         session.execute("CREATE TABLE log (n int)")
         run(session, "SELECT 'ready'")
-        for number, query in enumerate(["INSERT INTO log VALUES (%s)", "SELECT 1; INSERT INTO log VALUES (%s)"]):
-            handle = call(session, query.replace("%s", str(number)))
+        queries = ("INSERT INTO log VALUES ({})", "SELECT 1; INSERT INTO log VALUES ({})")
+        for number, (call, query) in enumerate(itertools.product((launch, submit), queries)):
+            handle = call(session, query.format(number))
             time.sleep(0.03)
             cancel(session, handle)
             wait(session, handle)
-            committed = session.value("SELECT count(*) FROM log WHERE n = %s", (number,)) == 1
-            assert (state(session, handle), seen_state(session, handle)) == (
-                ("stopped", "stopped") if committed else ("canceled", "canceled")
-            )
-            assert committed, "the cancel came before the commit: the test tests nothing"
+            assert session.value("SELECT count(*) FROM log WHERE n = %s", (number,)) == 1, "canceled too early"
+            assert (state(session, handle), seen_state(session, handle)) == ("stopped", "stopped")
             if call is launch:
-                assert result(session, handle) == [("SELECT 1",), ("INSERT 0 1",)][-1 - number :]
+                assert result(session, handle)[-1] == ("INSERT 0 1",)
 
 
 def test_random_cancels_leave_nothing_half_done(alice: Session, conn: Session, log: str) -> None:
     """What was reported canceled has not committed, what was reported stopped has, and all end soon."""
     offsets = random.Random(5)
-    alice.execute("SET pg_background.max_workers = 1000")
     query = (
         "INSERT INTO log VALUES ({0}); SELECT pg_sleep(0.005); UPDATE log SET n = n WHERE n = {0}; SELECT pg_sleep({1})"
     )
-    handles = []
-    for number in range(100):
-        start = offsets.choice((launch, submit))
-        handle = start(alice, query.format(number, offsets.choice((0, 0.005, 0.01))))
-        time.sleep(offsets.uniform(0, 0.02))
-        cancel(offsets.choice((alice, conn)), handle)
-        handles.append(handle)
-    deadline = time.monotonic() + 1
-    for handle in handles:
-        assert ends_within(alice, handle, max(0, int((deadline - time.monotonic()) * 1000)))
+    alice.execute("SET pg_background.max_workers = 100")
+    handles: list[Handle] = []
+    while len(handles) < CANCELS:
+        batch = []
+        for _ in range(50):
+            start = offsets.choice((launch, submit))
+            number = len(handles) + len(batch)
+            handle = start(alice, query.format(number, offsets.choice((0, 0.005, 0.01))))
+            time.sleep(offsets.uniform(0, 0.02))
+            cancel(offsets.choice((alice, conn)), handle)
+            batch.append((start, handle))
+        deadline = time.monotonic() + 1
+        for _, handle in batch:
+            assert ends_within(alice, handle, max(0, int((deadline - time.monotonic()) * 1000)))
+        for start, handle in batch:
+            if start is launch:
+                detach(alice, handle)
+            handles.append(handle)
     wait_until(lambda: "running" not in dict(alice.rows("SELECT state, 1 FROM pg_background_activity")))
     seen = dict(alice.rows("SELECT cookie, state FROM pg_background_activity"))
     states = [seen[handle.cookie] for handle in handles]
@@ -323,8 +329,6 @@ def test_random_cancels_leave_nothing_half_done(alice: Session, conn: Session, l
     assert committed == {number for number, ended in enumerate(states) if ended == "stopped"}
     counts = stats(alice)
     assert (counts["completed"], counts["canceled"]) == (states.count("stopped"), states.count("canceled"))
-    workers = {worker.cookie: worker.state for worker in listed(alice)}  # some submitted ones made room
-    assert all(workers.get(handle.cookie, ended) == ended for handle, ended in zip(handles, states))
 
 
 def test_cancel_never_meets_the_next_job(alice: Session, conn: Session) -> None:
@@ -343,7 +347,7 @@ def test_cancel_never_meets_the_next_job(alice: Session, conn: Session) -> None:
     canceling = threading.Thread(target=cancel_the_latest)
     canceling.start()
     try:
-        for _ in range(150):
+        for _ in range(80):
             handle = launch(alice, "SELECT 'x' FROM pg_sleep(0.002)")
             jobs.append(handle)
             wait(alice, handle)
