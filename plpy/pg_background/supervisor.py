@@ -28,6 +28,7 @@ from .store import ENDS, KEY, MAX_ROWS, Row, Store
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
+_FIRST_LINK_S = 2.0
 _IDLE_S = 60.0  # with nothing to do it ends after this
 _BLOCKED_S = 0.07  # a worker that waits for its reader does not heed a cancel, only its termination
 _PRUNE_S = 60.0
@@ -44,6 +45,7 @@ _WINDOW_BYTES = 1 << 16
 _MAX_WINDOW_BYTES = 1 << 24
 _TAIL_BYTES = 1 << 17
 _BATCH_ROWS = 1000
+_CLEAN_UP_TAG = b"DISCARD ALL"  # of the first answer that is not the job's
 _REMEMBERED = 2000  # finished jobs that questions find in memory
 # Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
 _PASSING = ("53", "55", "57", "58", "40")
@@ -169,6 +171,7 @@ class Supervisor:
         self._idle_since = now
         self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
+        self._has_had_no_link = True
         self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
@@ -337,6 +340,8 @@ class Supervisor:
         if any(channel.works for channel in self._channels.values()):
             self._idle_since = now
             return False
+        if not self._links and now - self._born < _FIRST_LINK_S and self._has_had_no_link:
+            return False  # who started it is busy with its first worker
         if not self._links:
             return not self._dirty or self._unwritable  # a table that is gone must not keep a database alive
         if self._dirty or (self._listener is not None and now - self._idle_since <= _IDLE_S):
@@ -367,6 +372,7 @@ class Supervisor:
             self._deaf = True
             return
         connection.setblocking(False)
+        self._has_had_no_link = False
         self._links[connection.fileno()] = Link(connection)
         self._epoll.register(connection.fileno(), select.EPOLLIN)
 
@@ -692,13 +698,18 @@ class Supervisor:
         job = channel.job
         if job is None or not job.running:
             return False
+        looked_at = time.monotonic()
         window = _receive_from(channel.connection, _TAIL_BYTES * 2, socket.MSG_PEEK)
         if window is None:
             return False
+        if channel.link is not None:
+            self._receive(channel.link)  # its session may have read that job's answer, and sent the next job
+            if channel.job is not job or not job.running:
+                return False
         ended = window.endswith(wire.READY_FOR_QUERY) or _hung_up(channel.connection)
         answer = wire.last_answer(window, 0, job.tags_after) if ended else None
         if answer is not None:
-            self._end(job, self._outcome(job, answer))
+            self._end(job, self._outcome(job, answer), looked_at)
         elif _hung_up(channel.connection):
             self._end(job, _lost_connection(job))
         return False
@@ -1199,7 +1210,7 @@ def _drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
     """The job's answer, with as many of the clean-up's behind it as have come."""
     for groups_after in range(job.groups_after, -1, -1):
         answer = wire.last_answer(channel.tail, groups_after, job.tags_after)
-        if answer is not None:
+        if answer is not None and (groups_after == job.groups_after or answer.tag != _CLEAN_UP_TAG):
             return answer
     return None
 
