@@ -485,17 +485,13 @@ def demo(pg_config: str | None) -> int:
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="write the install script and the README's API table")
     commands.add_parser("check", help="fail when one of them is stale")
     for name, text in (("install", "install into a server"), ("demo", "run the worked example")):
         command = commands.add_parser(name, help=text)
-        command.add_argument(
-            "--pg-config", metavar="PATH", help="of the server; default: PG_CONFIG, or found"
-        )
+        command.add_argument("--pg-config", metavar="PATH", help="of the server; default: PG_CONFIG, or found")
     return parser.parse_args(arguments)
 
 

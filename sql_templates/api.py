@@ -116,8 +116,7 @@ API: tuple[Function, ...] = (
         "pg_background_submit_v2",
         (_SQL, _QUEUE_SIZE),
         "pg_background_handle",
-        "Starts a background worker whose output is thrown away (fire and forget). Errors as"
-        " pg_background_launch_v2.",
+        "Starts a background worker whose output is thrown away (fire and forget). Errors as pg_background_launch_v2.",
         "v2",
         START,
     ),
@@ -261,8 +260,7 @@ API: tuple[Function, ...] = (
         "pg_background_detach_v2",
         _HANDLE,
         "void",
-        "Stops tracking the worker, which goes on to its end and commits. Raises 42704 or 55000 for a wrong"
-        " handle.",
+        "Stops tracking the worker, which goes on to its end and commits. Raises 42704 or 55000 for a wrong handle.",
         "v2",
         CONTROL,
     ),

@@ -79,8 +79,7 @@ def find_pg_config() -> Path:
             return pg_config
     tried = ", ".join(map(str, found)) or "nothing below /usr/lib/postgresql"
     raise LookupError(
-        f"no PostgreSQL server with PL/Python found (looked at: {tried})"
-        "; run make bootstrap, or set PG_CONFIG"
+        f"no PostgreSQL server with PL/Python found (looked at: {tried}); run make bootstrap, or set PG_CONFIG"
     )
 
 
@@ -291,9 +290,7 @@ class Cluster:
                     continue
                 raise RuntimeError(f"the {setup} server did not start:\n{log}") from error
             break
-        conninfo = make_conninfo(
-            host=executor.unixsocketdir, port=executor.port, user=executor.user, dbname="postgres"
-        )
+        conninfo = make_conninfo(host=executor.unixsocketdir, port=executor.port, user=executor.user, dbname="postgres")
         return cls(
             setup,
             conninfo,
@@ -407,9 +404,7 @@ class Cluster:
             known = admin.rows("SELECT name FROM pg_catalog.pg_available_extensions")
             missing = [extension for extension in EXTENSIONS if (extension,) not in known]
             if missing:
-                pytest.exit(
-                    f"the server has no extension {', '.join(missing)}: run make install first", returncode=4
-                )
+                pytest.exit(f"the server has no extension {', '.join(missing)}: run make install first", returncode=4)
             # Several xdist workers may share a running server: one at a time creates the roles.
             admin.execute("SELECT pg_catalog.pg_advisory_lock(8123, 1)")
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))

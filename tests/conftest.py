@@ -333,9 +333,7 @@ def role(cluster: Cluster, current_database: str) -> Iterator[Callable[..., Role
 
 
 @pytest.fixture
-def connect(
-    cluster: Cluster, current_database: str, _nothing_left_behind: None
-) -> Iterator[Callable[..., Session]]:
+def connect(cluster: Cluster, current_database: str, _nothing_left_behind: None) -> Iterator[Callable[..., Session]]:
     """`connect(user=None, *, dbname=None, parameters={}, **settings)`: a session in the test's database.
 
     Autocommit; as the superuser, or as a Role. `settings` are SET in it, names with a dot too:

@@ -127,9 +127,7 @@ def _run(argv: Sequence[str], *, log: Path | None = None, env: Mapping[str, str]
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
             raise RootError(f"{shlex.join(argv)} failed with status {status}\n{tail}\n(all of it: {log})")
         return ""
-    done = subprocess.run(
-        argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env
-    )
+    done = subprocess.run(argv, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env)
     if done.returncode:
         printed = done.stdout + done.stderr
         raise RootError(f"{shlex.join(argv)} failed with status {done.returncode}\n{printed}")

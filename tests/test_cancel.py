@@ -305,7 +305,7 @@ def test_random_cancels_leave_nothing_half_done(alice: Session, conn: Session, l
     alice.execute("SET pg_background.max_workers = 100")
     handles: list[Handle] = []
     while len(handles) < CANCELS:
-        batch = []
+        batch: list[Any] = []
         for _ in range(50):
             start = offsets.choice((launch, submit))
             number = len(handles) + len(batch)

@@ -77,9 +77,7 @@ def test_rules_in_force_are_those_of_the_set_up(cluster: Cluster) -> None:
 
 @pytest.mark.local_server
 @pytest.mark.setups("peer")
-def test_peer_lets_a_role_in_by_password_over_tcp_only(
-    cluster: Cluster, current_database: str, role: NewRole
-) -> None:
+def test_peer_lets_a_role_in_by_password_over_tcp_only(cluster: Cluster, current_database: str, role: NewRole) -> None:
     bob = role("bob")
     with cluster.connect(current_database, bob) as session:
         assert session.value("SELECT inet_client_addr()") is not None
@@ -173,9 +171,7 @@ def test_alice_is_an_ordinary_role_that_was_only_granted_the_api(alice: Session)
         " FROM pg_catalog.pg_roles WHERE rolname = current_user"
     )
     assert about == [(False, False, False, True, False, False)]
-    groups = alice.rows(
-        "SELECT roleid::regrole::text FROM pg_auth_members WHERE member = current_user::regrole"
-    )
+    groups = alice.rows("SELECT roleid::regrole::text FROM pg_auth_members WHERE member = current_user::regrole")
     assert groups == [("pgbackground_role",)]
     alice.execute("CREATE TABLE mine ()")
 

@@ -158,9 +158,7 @@ server_scripts = st.lists(st.one_of(select, st.sampled_from(_STATEMENTS)), max_s
 
 _ERROR = "ERROR"
 _SAME_COMMAND = {"END": "COMMIT", "ABORT": "ROLLBACK", "(": "SELECT", "VALUES": "SELECT"}
-_CONTROL = re.compile(
-    "BEGIN|START TRANSACTION|COMMIT|ROLLBACK|SAVEPOINT|RELEASE|COPY FROM STDIN|COPY TO STDOUT"
-)
+_CONTROL = re.compile("BEGIN|START TRANSACTION|COMMIT|ROLLBACK|SAVEPOINT|RELEASE|COPY FROM STDIN|COPY TO STDOUT")
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["conforming", "backslashes"])

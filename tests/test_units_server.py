@@ -62,9 +62,7 @@ _UNITS = [
 _SPACES = ["", "", " ", "\t", "\n", "\v", "  ", "\u00a0"]
 texts = st.one_of(
     st.tuples(*map(st.sampled_from, (_SPACES, _NUMBERS, _SPACES, _UNITS, _SPACES))).map("".join),
-    st.tuples(st.decimals(allow_nan=False, allow_infinity=False).map(str), st.sampled_from(_UNITS)).map(
-        "".join
-    ),
+    st.tuples(st.decimals(allow_nan=False, allow_infinity=False).map(str), st.sampled_from(_UNITS)).map("".join),
     st.tuples(st.floats(0, 1e6).map(str), st.sampled_from(_UNITS)).map("".join),
     st.text("0123456789xXeEpP.+- \tkMGTBusminhdf", max_size=12),
 )

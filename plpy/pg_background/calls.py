@@ -239,8 +239,11 @@ class Runtime:
                 raise background_error(UNDEFINED_OBJECT, f"no result of PID {pid} is being read")
             self._finish(worker)
             return ""
-        self._reader_settings.put_back(reading.worker.reader_before)
-        self._registry.release(reading.worker)
+        try:
+            self._registry.require_membership(reading.worker.role_oid, pid)
+        finally:
+            self._reader_settings.put_back(reading.worker.reader_before)
+            self._registry.release(reading.worker)
         if reading.error is not None:
             raise BackgroundError(reading.error)
         return ""

@@ -65,6 +65,10 @@ _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
+# SQLSTATE of a job that was not to run, as its transaction was rolled back.
+ROLLED_BACK = "40000"
+
+
 class ProtocolError(Exception):
     """A packet that is no message."""
 

@@ -77,18 +77,18 @@ class OnCommit:
             "started": time.monotonic(),
             "guard_bytes": len(guard),
             "guard_answers": answers,
+            "users": session.users,
         }
         self._server.forbid_prepare()
-        file = os.memfd_create("pg_background", os.MFD_CLOEXEC)
+        batch.unresolved.add(key)
         try:
-            _write_all(file, guard + packet)
-            batch.unresolved.add(key)
-            self._registry.control.tell([messages.DEFER, row, extras], session, file)
+            with os.fdopen(os.memfd_create("pg_background", os.MFD_CLOEXEC), "wb", buffering=0) as file:
+                _write_all(file.fileno(), guard + packet)
+                self._registry.control.tell([messages.DEFER, row, extras], session, file.fileno())
         except BaseException:
             batch.unresolved.discard(key)
+            batch.dirty = True  # its session was to have settings that were not sent
             raise
-        finally:
-            os.close(file)
         return session.pid, key
 
     def _batch(self, configuration: Configuration) -> Batch:
@@ -116,7 +116,7 @@ class OnCommit:
             "SET TRANSACTION ISOLATION LEVEL READ COMMITTED, READ WRITE; SET LOCAL statement_timeout = 0;"
             " SET LOCAL lock_timeout = 0; "
             + ("SET LOCAL transaction_timeout = 0; " if self._server.major >= 17 else "")
-            + f"SELECT {self._server.home()}._pg_background_has_committed('{marker}')"
+            + f"SELECT {self._server.home()}._pg_background_has_committed('{marker}'::pg_catalog.uuid)"
         )
         packet = wire.query_message(self._server.encode(verdict))
         if session.guc_state == configuration.guc_state:
@@ -136,6 +136,8 @@ class OnCommit:
         has_run = clean_up != messages.NOT_RUN
         if has_run and (changes is not None or not batch.session.is_clean(clean_up)):
             batch.dirty = True
+        if not has_run and (changes or {}).get("sqlstate") != messages.ROLLED_BACK:
+            batch.dirty = True  # its guard failed, or an earlier job could not be cleaned up after
         if has_run and not batch.unresolved:  # so the transaction is over
             self._let_go(batch)
         return True

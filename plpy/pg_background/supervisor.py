@@ -755,13 +755,18 @@ class Supervisor:
             self._tell_ended(channel, job, changes, None)
             return
         channel.unclean = channel.unclean or answer.error is not None
-        if channel.answers_left == 0 and link is not None:
-            row = [] if channel.unclean or answer.row is None else [self._text(v) for v in wire.row_values(answer.row)]
+        if channel.answers_left:
+            return
+        row = [] if channel.unclean or answer.row is None else [self._text(v) for v in wire.row_values(answer.row)]
+        if link is not None:
             self._unwatch(channel)
             self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
-        if channel.answers_left == 0 and channel.queue is not None:
+        if channel.queue is not None:
             channel.queue.runs = False
-            self._ask_next(channel, channel.queue)
+            if row[: len(channel.queue.users)] == channel.queue.users:
+                self._ask_next(channel, channel.queue)
+            else:
+                self._give_up(channel, channel.queue)
 
     def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
         """The worker's own session first: what others do upon the end must find it informed."""
@@ -800,6 +805,7 @@ class Supervisor:
         channel = self._channels[pid]
         channel.reads = True
         queue = channel.queue = channel.queue or Queue()
+        queue.users = list(extras["users"])
         job = self._jobs[int(row[KEY])] = Job(row, extras)
         self._mark_dirty(row)
         idle = not queue.is_busy
@@ -817,6 +823,14 @@ class Supervisor:
         elif channel.link is None:
             self._terminate_after_job(channel)
 
+    def _give_up(self, channel: Channel, queue: Queue[Job]) -> None:
+        """An earlier job has left the session in a state that could not be undone: nothing more may run in it."""
+        message = "the session of an earlier job of the same transaction could not be cleaned for this one"
+        for item in queue.unstarted():
+            changes = {"state": "error", "sqlstate": "55000", "error_message": message, "finished_at": _now()}
+            self._end_unsent(channel, item.job, changes)
+        self._close_channel(channel)
+
     def _judge(self, channel: Channel, queue: Queue[Job], item: Deferred[Job], answer: wire.Answer) -> None:
         """One of the guard's answers has come; the first one's row is the verdict."""
         if queue.answers_left == item.packet.guard_answers and answer.row is not None:
@@ -830,8 +844,11 @@ class Supervisor:
         if queue.has_committed and queue.error is None and item.job.running:
             self._start_deferred(channel, queue, item)
             return
-        changes = _rolled_back() if queue.error is None else self._outcome(item.job, queue.error)
-        self._end_unsent(channel, item.job, changes)
+        if queue.error is not None:
+            self._end_unsent(channel, item.job, self._outcome(item.job, queue.error))
+            self._give_up(channel, queue)
+            return
+        self._end_unsent(channel, item.job, _rolled_back())
         self._ask_next(channel, queue)
 
     def _start_deferred(self, channel: Channel, queue: Queue[Job], item: Deferred[Job]) -> None:
@@ -1243,7 +1260,7 @@ def _hung_up(connection: socket.socket) -> bool:
 def _rolled_back() -> Row:
     """40000, the class of transactions that were rolled back."""
     message = "the transaction that submitted the background job was rolled back"
-    return {"state": "canceled", "sqlstate": "40000", "error_message": message, "finished_at": _now()}
+    return {"state": "canceled", "sqlstate": messages.ROLLED_BACK, "error_message": message, "finished_at": _now()}
 
 
 def _canceled_before() -> Row:

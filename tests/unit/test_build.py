@@ -62,9 +62,7 @@ def test_every_function_of_the_script_is_closed_to_public_and_has_a_comment() ->
     script, _ = build.render_script()
     statements = re.sub(r"\$source\$.*?\$source\$", "", script, flags=re.DOTALL)
     for name in re.findall(r"^CREATE (?:OR REPLACE )?FUNCTION (\w+)", statements, re.MULTILINE):
-        assert re.search(rf"^REVOKE ALL ON FUNCTION {name}\(.*\) FROM PUBLIC;", statements, re.MULTILINE), (
-            name
-        )
+        assert re.search(rf"^REVOKE ALL ON FUNCTION {name}\(.*\) FROM PUBLIC;", statements, re.MULTILINE), name
         assert re.search(rf"^COMMENT ON FUNCTION {name}\(", statements, re.MULTILINE), name
 
 
@@ -85,12 +83,9 @@ def test_internal_functions_are_marked_by_their_names() -> None:
 
 
 def test_a_function_declares_its_defaults_and_flags() -> None:
-    function = Function(
-        "f", (Argument("a", "int4"), Argument("b", "text", "NULL")), "SETOF record", "", "v2", "g"
-    )
+    function = Function("f", (Argument("a", "int4"), Argument("b", "text", "NULL")), "SETOF record", "", "v2", "g")
     assert function.create == (
-        "CREATE FUNCTION f(a int4, b text DEFAULT NULL)\n"
-        "RETURNS SETOF record\nVOLATILE STRICT PARALLEL UNSAFE"
+        "CREATE FUNCTION f(a int4, b text DEFAULT NULL)\nRETURNS SETOF record\nVOLATILE STRICT PARALLEL UNSAFE"
     )
     assert function.signature == "f(int4, text)"
 

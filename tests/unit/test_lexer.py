@@ -282,8 +282,7 @@ def test_counts_statements(sql, count):
 
 def test_leading_keywords_stop_at_the_first_other_token():
     sql = (
-        "vacuum (verbose) t; CREATE UNIQUE INDEX concurrently ON t (a); ALTER SYSTEM SET x = 1;"
-        ' SELECT "a"; (SELECT 1)'
+        'vacuum (verbose) t; CREATE UNIQUE INDEX concurrently ON t (a); ALTER SYSTEM SET x = 1; SELECT "a"; (SELECT 1)'
     )
     assert lexer.leading_keywords(sql, True) == [
         ("VACUUM",),
