@@ -29,6 +29,9 @@ _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
 _FIRST_LINK_S = 2.0
+# Who reads the view may have a snapshot of the table that is older than the last rows written: that a job without a
+# backend still has a supervisor tells the reader that it is not lost.
+_LINGER_S = 0.25
 _IDLE_S = 60.0  # with nothing to do it ends after this
 _BLOCKED_S = 0.07  # a worker that waits for its reader does not heed a cancel, only its termination
 _PRUNE_S = 60.0
@@ -342,6 +345,8 @@ class Supervisor:
             return False
         if not self._links and now - self._born < _FIRST_LINK_S and self._has_had_no_link:
             return False  # who started it is busy with its first worker
+        if not self._links and now < self._flush_at + _LINGER_S:
+            return False
         if not self._links:
             return not self._dirty or self._unwritable  # a table that is gone must not keep a database alive
         if self._dirty or (self._listener is not None and now - self._idle_since <= _IDLE_S):
