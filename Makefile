@@ -48,6 +48,7 @@ format: bootstrap
 	$(PYTHON) -m ruff format .
 
 bench: check install
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8,<4'
 	$(PYTHON) bench/run.py $(BENCH_ARGS)
 
 demo: check install
