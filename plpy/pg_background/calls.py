@@ -165,13 +165,13 @@ class Runtime:
                 UNDEFINED_OBJECT, f"the results of the background worker with PID {pid} are being read"
             )
         worker.wait_for_rows()
-        unreadable = worker.error is not None and not (worker.columns and worker.backlog)
+        unreadable = worker.problem is not None and not (worker.columns and worker.backlog)
         if unreadable:
             worker.wait(None)
         if worker.ended and unreadable:
             self._finish(worker)
-            assert worker.error is not None
-            raise BackgroundError(worker.error)
+            assert worker.problem is not None
+            raise BackgroundError(worker.problem)
         return worker, self._rows_query(worker)
 
     def _rows_query(self, worker: Worker) -> str:
@@ -221,7 +221,7 @@ class Runtime:
                 else:
                     self._server.relay(item)
             worker.check_output_settings()
-            reading.error = worker.error
+            reading.error = worker.problem
             reading.finished = True
         except GeneratorExit:
             raise

@@ -140,6 +140,7 @@ class Control:
         if self._socket is not None and not self._moved:
             return
         connection = self._connection()
+        self.leave_start()  # one that listens by now need not be waited for
         old, self._socket, self._moved = self._socket, connection, False
         self._connections += 1
         try:

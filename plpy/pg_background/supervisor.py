@@ -175,6 +175,7 @@ class Supervisor:
         self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
         self._has_had_no_link = True
+        self._written_at = 0.0
         self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
@@ -345,7 +346,7 @@ class Supervisor:
             return False
         if not self._links and now - self._born < _FIRST_LINK_S and self._has_had_no_link:
             return False  # who started it is busy with its first worker
-        if not self._links and now < self._flush_at + _LINGER_S:
+        if not self._links and now < self._written_at + _LINGER_S:
             return False
         if not self._links:
             return not self._dirty or self._unwritable  # a table that is gone must not keep a database alive
@@ -1112,6 +1113,7 @@ class Supervisor:
             return
         try:
             self._store.write(rows.values())
+            self._written_at = time.monotonic()
         except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
             self._store_failed(rows, error)
         else:

@@ -101,6 +101,7 @@ class Worker:
         self.launched_at = datetime.now(timezone.utc)
         self.state = State.RUNNING
         self.error: Report | None = None
+        self.unreadable: Report | None = None  # why its rows cannot be returned, however well it went
         self.consumed = False
         self.counted = False
         self.announced = False  # the supervisor knows of it
@@ -326,6 +327,11 @@ class Worker:
         return written
 
     @property
+    def problem(self) -> Report | None:
+        """What its reader is to be told: its own error, or why its rows cannot be returned."""
+        return self.error or self.unreadable
+
+    @property
     def is_reusable(self) -> bool:
         """Whether the session can run another job: its connection lives, and no signal is on its way to it."""
         timed = self.configuration.worker_timeout_ms > 0 and self.state is State.ERROR
@@ -390,12 +396,12 @@ class Worker:
         if position == self._statements - 1:
             if self.columns is None:
                 self.columns = self._columns_of(result)
-            if result.ntuples and not self.error:
+            if result.ntuples and self.problem is None:
                 try:
                     for rows in encode_rows(result, self.columns):
                         self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
                 except BackgroundError as error:
-                    self._fail(error.report)
+                    self.unreadable = error.report
         elif position == self._statements and self._statements > 1 and result.ntuples:
             self._ended_settings = output_settings.settings_of(self._server, result)
 
@@ -403,7 +409,7 @@ class Worker:
         try:
             return self._styles.columns(result)
         except BackgroundError as error:
-            self._fail(error.report)
+            self.unreadable = error.report
             return ()
 
     def _refuse_copy(self) -> None:
