@@ -57,6 +57,7 @@ _OPTIONS = {
     b"exit_on_error": b"off",
     b"local_preload_libraries": b"",
     b"jit": b"off",
+    b"max_parallel_workers_per_gather": b"0",  # the end of a parallel worker would wake it for the next one
     b"log_min_error_statement": b"panic",  # its statement is all its modules
 }
 
@@ -389,7 +390,7 @@ class Control:
         os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
         lock = os.open(self._path + ".start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            if not _lock(lock):
+            if not _lock(lock) or self._is_served():
                 os.close(lock)
                 return None
             loopback = self._loopback()
@@ -408,6 +409,15 @@ class Control:
             start.close()
             raise
         return start
+
+    def _is_served(self) -> bool:
+        """Whether a supervisor listens: another session may have started one a moment ago."""
+        with messages.control_socket() as probe:
+            try:
+                probe.connect(self._path)
+            except OSError:
+                return False
+            return True
 
     def _finish_start(self, start: _Start) -> bool:
         """True when the new supervisor listens, False when another one serves."""
