@@ -25,8 +25,8 @@ import psycopg
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build import find_server  # noqa: E402
 from examples.scratch import ScratchServer, scratch_server  # noqa: E402
+from tools.installing import find_server  # noqa: E402
 
 REPORT, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
 OURS, OPEN, PER_CALL, FLOOR = (

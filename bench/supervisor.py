@@ -22,8 +22,8 @@ import psycopg
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from build import find_server  # noqa: E402
 from examples.scratch import ScratchServer, scratch_server  # noqa: E402
+from tools.installing import find_server  # noqa: E402
 
 _SETTINGS = """\
 max_connections = 50

@@ -1,11 +1,13 @@
-"""The one list of the extension's functions.
+"""The one list of the extension's functions, and what its reference says of arguments, views and errors.
 
-CREATE FUNCTION (the part up to the language), REVOKE, GRANT, COMMENT, the helpers that grant and revoke, and
-the API table of the README are all rendered from here. A function's body is in functions/<name>.sql.j2.
+CREATE FUNCTION (the part up to the language), REVOKE, GRANT, COMMENT, the helpers that grant and revoke, the
+API table of the README and docs/reference.md are all rendered from here. A function's body is in
+functions/<name>.sql.j2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -74,6 +76,29 @@ class Internal(NamedTuple):
     def signature(self) -> str:
         """Name and argument types, as GRANT and COMMENT want them."""
         return f"{self.name}({', '.join(self.argument_types)})"
+
+
+class Column(NamedTuple):
+    """A column of a view."""
+
+    name: str
+    type: str
+    comment: str
+
+
+class View(NamedTuple):
+    """A view that users read."""
+
+    name: str
+    columns: tuple[Column, ...]
+
+
+class Error(NamedTuple):
+    """An error of the extension's own."""
+
+    sqlstate: str
+    condition: str
+    when: str
 
 
 _SQL = Argument("sql", "text")
@@ -524,4 +549,101 @@ INTERNAL: tuple[Internal, ...] = (
         ("text", "int4"),
         "cancels this session's workers whose labels match; reply: how many.",
     ),
+)
+
+ARGUMENTS: Mapping[str, str] = {
+    "`sql`": "one or several statements. Several are one transaction, and rows come from the last of them; one alone"
+    " runs at top level, so that VACUUM and the like can. No transaction control, no COPY with the client.",
+    "`queue_size`": "bytes of output that are buffered for a reader that does not read; then the worker waits. 0 or"
+    " less means pg_background.default_queue_size. 64 bytes to 256 MB, in effect at least 8 kB; approximate.",
+    "`label`": "a name for people. The views show it, pg_background_cancel_by_label_v2 finds it. NULL: none.",
+    "`params`": "values for $1, $2 and so on, bound by the server; a NULL element is a NULL. NULL: no parameters.",
+    "`pid`, `cookie`": "the worker's handle. A kept session's pid comes again for a later job, the cookie does not.",
+    "`handles`": "an array of handles, as array_agg of the launches' results.",
+    "`timeout_ms`": "milliseconds. 0: no limit; but pg_background_wait_v2_timeout only looks.",
+    "`grace_ms`": "milliseconds from the cancel to the termination of the backend.",
+    "`rowtype`": "any value of the wanted row type; its type alone counts: NULL::orders.",
+    "`col_def`": "the text of the column list, for callers that keep it in a variable. It must agree with the call's."
+    " NULL: not checked.",
+    "`pattern`": "as for LIKE.",
+    "`pct`, `msg`": "percent done, clamped to 0..100, and a text of which 1,000 characters are kept.",
+    "`role_name`": "a role, as text; its name as it is, not quoted.",
+    "`include_v1`": "whether the version 1 functions are among the granted or revoked ones.",
+    "`print_commands`": "whether each command is shown as a NOTICE.",
+}
+
+_STATE = Column("state", "text", "running, stopped (ended well), canceled (by a cancel of this extension), error.")
+
+VIEWS: tuple[View, ...] = (
+    View(
+        "pg_background_activity",
+        (
+            Column("pid", "int4", "The worker's backend."),
+            Column("cookie", "int8", "With the pid: the handle. 0 for a version 1 launch."),
+            Column("launcher_pid", "int4", "The session that launched it."),
+            Column("role", "name", "The role it runs as."),
+            Column("label", "text", "As given, or NULL."),
+            _STATE,
+            Column("sql_preview", "text", "The first 120 characters of its SQL."),
+            Column("launched_at", "timestamptz", "When it was launched."),
+            Column("finished_at", "timestamptz", "When it ended; NULL while it runs."),
+            Column("elapsed", "interval", "From launch to end, or until now; NULL where its end is not known."),
+            Column("progress_pct", "int4", "What it last reported."),
+            Column("progress_msg", "text", "What it last reported."),
+            Column("progress_bar", "text", "The percentage as a bar of 20 characters, to watch."),
+            Column("command_tag", "text", "Of its last statement, once that has ended."),
+            Column("row_count", "int8", "As the command tag tells."),
+            Column("sqlstate", "text", "Of its error."),
+            Column("error_message", "text", "Of its error."),
+            Column("wait_event_type", "text", "What its backend waits for now, as in pg_stat_activity."),
+            Column("wait_event", "text", "What its backend waits for now, as in pg_stat_activity."),
+        ),
+    ),
+    View(
+        "pg_background_list",
+        (
+            Column("pid", "int4", "The worker's backend."),
+            Column("cookie", "int8", "With the pid: the handle. 0 for a version 1 launch."),
+            Column("launched_at", "timestamptz", "When it was launched."),
+            Column("user_id", "oid", "The role it runs as."),
+            Column("queue_size", "int4", "In effect, in bytes."),
+            _STATE,
+            Column("sql_preview", "text", "The first 120 characters of its SQL."),
+            Column("last_error", "text", "Its error's message, at most 512 characters."),
+            Column("consumed", "bool", "Whether the reading of its result has begun."),
+            Column("label", "text", "As given, or NULL."),
+        ),
+    ),
+)
+
+ERRORS: tuple[Error, ...] = (
+    Error("08001", "sqlclient_unable_to_establish_sqlconnection", "The server does not let its own OS user in."),
+    Error("08006", "connection_failure", "The worker's backend died; whether it had committed is not known."),
+    Error(
+        "0A000",
+        "feature_not_supported",
+        "Transaction control or COPY with the client in a worker's SQL; the result of a submitted worker; values that"
+        " cannot travel; progress outside of a worker; PREPARE TRANSACTION after pg_background_submit_on_commit_v2.",
+    ),
+    Error(
+        "22004", "null_value_not_allowed", "NULL where SQL, a handle or a percentage belongs, in what is not strict."
+    ),
+    Error("22023", "invalid_parameter_value", "queue_size or one of the settings is out of range, or no number."),
+    Error("40P01", "deadlock_detected", "Launcher and worker wait for each other."),
+    Error("42501", "insufficient_privilege", "The caller is not a member of the role that launched the worker."),
+    Error("42601", "syntax_error", "Several statements in one string with parameters."),
+    Error(
+        "42704",
+        "undefined_object",
+        "No such worker: for result and detach none that this session tracks, for the others none in this database. Or:"
+        " the results were read already.",
+    ),
+    Error("42804", "datatype_mismatch", "The column list does not fit the result. Nothing is taken: ask again."),
+    Error("53000", "insufficient_resources", "No file descriptor is left."),
+    Error("53300", "too_many_connections", "No connection is left, of the server's or under a CONNECTION LIMIT."),
+    Error("53400", "configuration_limit_exceeded", "pg_background.max_workers is reached in this session."),
+    Error("55000", "object_not_in_prerequisite_state", "The pid is right, and the cookie is another."),
+    Error("57014", "query_canceled", "The worker was cancelled, or a timeout has ended it."),
+    Error("57P01", "admin_shutdown", "The worker's backend was terminated, after a grace period, say."),
+    Error("58P01", "undefined_file", "psycopg is not installed for the server's Python."),
 )

@@ -1,4 +1,4 @@
-"""build.py: what it renders, what it refuses, what it finds in a server's folders. No server is started."""
+"""build.py and tools/: what they render and refuse, and find in a server's folders. No server is started."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import pytest
 
 import build
 from sql_templates.api import API, INTERNAL, Argument, Function
+from tools import installing, rendering
+from tools.common import CONTROL, ROOT, BuildError
 
 MASTER = (
     "{% for m in modules %}{{ m.function }}{% endfor %}\n"
@@ -30,7 +32,7 @@ class Tree(NamedTuple):
         path.write_text(text)
 
     def render(self) -> str:
-        return build.render_script(self.templates, self.runtime, self.control)[0]
+        return rendering.render_script(self.templates, self.runtime, self.control)[0]
 
 
 @pytest.fixture
@@ -43,23 +45,23 @@ def tree(tmp_path: Path) -> Tree:
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> build.Server:
+def server(tmp_path: Path) -> installing.Server:
     (tmp_path / "share" / "extension").mkdir(parents=True)
     (tmp_path / "lib").mkdir()
-    return build.Server(tmp_path / "pg_config", "PostgreSQL 16.4", tmp_path / "share", tmp_path / "lib")
+    return installing.Server(tmp_path / "pg_config", "PostgreSQL 16.4", tmp_path / "share", tmp_path / "lib")
 
 
 def test_the_committed_files_are_current() -> None:
-    for path, text in build.rendered_files().items():
+    for path, text in rendering.rendered_files().items():
         assert path.read_text("utf-8") == text, f"{path.name} is stale: run build.py render"
 
 
 def test_rendering_twice_gives_the_same_bytes() -> None:
-    assert build.render_script() == build.render_script()
+    assert rendering.render_script() == rendering.render_script()
 
 
 def test_every_function_of_the_script_is_closed_to_public_and_has_a_comment() -> None:
-    script, _ = build.render_script()
+    script, _ = rendering.render_script()
     statements = re.sub(r"\$source\$.*?\$source\$", "", script, flags=re.DOTALL)
     for name in re.findall(r"^CREATE (?:OR REPLACE )?FUNCTION (\w+)", statements, re.MULTILINE):
         assert re.search(rf"^REVOKE ALL ON FUNCTION {name}\(.*\) FROM PUBLIC;", statements, re.MULTILINE), name
@@ -67,8 +69,8 @@ def test_every_function_of_the_script_is_closed_to_public_and_has_a_comment() ->
 
 
 def test_the_script_carries_the_runtime_as_readable_text() -> None:
-    script, _ = build.render_script()
-    for module in build.runtime_modules():
+    script, _ = rendering.render_script()
+    for module in rendering.runtime_modules():
         assert module.source in script
 
 
@@ -99,13 +101,13 @@ def test_create_renders_the_declaration_and_a_comment_follows(tree: Tree) -> Non
 
 def test_a_template_that_the_master_names_and_nobody_wrote_is_an_error(tree: Tree) -> None:
     tree.write("pg_background.sql.j2", '{% include "views/pg_background_list.sql.j2" %}')
-    with pytest.raises(build.BuildError, match=r"master names views/pg_background_list\.sql\.j2"):
+    with pytest.raises(BuildError, match=r"master names views/pg_background_list\.sql\.j2"):
         tree.render()
 
 
 def test_a_template_that_no_list_names_is_an_error(tree: Tree) -> None:
     tree.write("functions/_pg_background_forgotten.sql.j2", "SELECT;")
-    with pytest.raises(build.BuildError, match=r"no list of the master names .*forgotten"):
+    with pytest.raises(BuildError, match=r"no list of the master names .*forgotten"):
         tree.render()
 
 
@@ -128,7 +130,7 @@ def test_a_template_that_no_list_names_is_an_error(tree: Tree) -> None:
 )
 def test_a_wrong_template_is_refused(tree: Tree, template: str, message: str) -> None:
     tree.write("functions/pg_background_detach.sql.j2", template)
-    with pytest.raises(build.BuildError, match=message):
+    with pytest.raises(BuildError, match=message):
         tree.render()
 
 
@@ -142,78 +144,78 @@ def test_the_word_strict_in_a_body_is_no_flag(tree: Tree) -> None:
 )
 def test_a_module_that_the_script_cannot_carry_is_refused(tree: Tree, source: str) -> None:
     (tree.runtime / "worker.py").write_text(source)
-    with pytest.raises(build.BuildError, match="runtime module worker"):
+    with pytest.raises(BuildError, match="runtime module worker"):
         tree.render()
 
 
 def test_the_digest_follows_names_and_sources() -> None:
-    module = build.Module("a", "x = 1\n")
+    module = rendering.Module("a", "x = 1\n")
     digests = {
-        build.runtime_digest([module]),
-        build.runtime_digest([module._replace(name="b")]),
-        build.runtime_digest([module._replace(source="x = 2\n")]),
-        build.runtime_digest([module, module]),
+        rendering.runtime_digest([module]),
+        rendering.runtime_digest([module._replace(name="b")]),
+        rendering.runtime_digest([module._replace(source="x = 2\n")]),
+        rendering.runtime_digest([module, module]),
     }
     assert len(digests) == 4
     assert all(re.fullmatch("[0-9a-f]{12}", digest) for digest in digests)
 
 
 def test_a_literal_doubles_quotes_and_backslashes() -> None:
-    assert build.literal("it's") == "'it''s'"
-    assert build.literal("a\\b'") == " E'a\\\\b'''"
+    assert rendering.literal("it's") == "'it''s'"
+    assert rendering.literal("a\\b'") == " E'a\\\\b'''"
 
 
 def test_the_readme_keeps_what_is_outside_its_markers() -> None:
-    readme = f"before\n{build.TABLE_BEGIN}\nold\n{build.TABLE_END}\nafter\n"
-    table = build.render_table(API)
-    replaced = build.readme_with_table(readme, table)
+    readme = f"before\n{rendering.TABLE_BEGIN}\nold\n{rendering.TABLE_END}\nafter\n"
+    table = rendering.render_table(API)
+    replaced = rendering.readme_with_table(readme, table)
     assert replaced.startswith("before\n")
     assert replaced.endswith("\nafter\n")
     assert "old" not in replaced
-    assert build.readme_with_table(replaced, table) == replaced
+    assert rendering.readme_with_table(replaced, table) == replaced
     assert all(function.declaration in table for function in API)
 
 
 def test_a_readme_without_markers_is_an_error() -> None:
-    with pytest.raises(build.BuildError, match="markers"):
-        build.readme_with_table("no table here", "")
+    with pytest.raises(BuildError, match="markers"):
+        rendering.readme_with_table("no table here", "")
 
 
-def test_the_servers_python_is_read_from_plpython(server: build.Server) -> None:
+def test_the_servers_python_is_read_from_plpython(server: installing.Server) -> None:
     server.plpython.write_bytes(b"\x7fELF...\0libc.so.6\0libpython3.11.so.1.0\0")
-    assert build.server_python(server) == "3.11"
+    assert installing.server_python(server) == "3.11"
 
 
-def test_a_free_threaded_python_is_refused(server: build.Server) -> None:
+def test_a_free_threaded_python_is_refused(server: installing.Server) -> None:
     server.plpython.write_bytes(b"\0libpython3.13t.so.1.0\0")
-    with pytest.raises(build.BuildError, match="free-threaded"):
-        build.server_python(server)
+    with pytest.raises(BuildError, match="free-threaded"):
+        installing.server_python(server)
 
 
-def test_a_missing_plpython_names_the_package_to_install(server: build.Server) -> None:
-    with pytest.raises(build.BuildError, match="postgresql-plpython3-16"):
-        build.server_python(server)
+def test_a_missing_plpython_names_the_package_to_install(server: installing.Server) -> None:
+    with pytest.raises(BuildError, match="postgresql-plpython3-16"):
+        installing.server_python(server)
 
 
 def test_install_puts_control_and_script_in_place_and_is_quiet_the_second_time(
-    server: build.Server, capsys: pytest.CaptureFixture[str]
+    server: installing.Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    build.install_extension(server, force=False)
+    installing.install_extension(server, force=False)
     assert capsys.readouterr().out.count("installed:") == 2
-    assert (server.sharedir / "extension" / "pg_background.control").read_text() == build.CONTROL.read_text()
-    build.install_extension(server, force=False)
+    assert (server.sharedir / "extension" / "pg_background.control").read_text() == CONTROL.read_text()
+    installing.install_extension(server, force=False)
     assert capsys.readouterr().out.count("up to date:") == 2
     assert len(list((server.sharedir / "extension").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", ["pg_background.control", "pg_background--1.8.sql"])
-def test_files_of_the_c_extension_are_replaced_only_by_force(server: build.Server, name: str) -> None:
+def test_files_of_the_c_extension_are_replaced_only_by_force(server: installing.Server, name: str) -> None:
     foreign = server.sharedir / "extension" / name
     foreign.write_text("default_version = '1.8'\nmodule_pathname = '$libdir/pg_background'\n")
-    with pytest.raises(build.BuildError, match=r"another extension.*FORCE=1"):
-        build.install_extension(server, force=False)
+    with pytest.raises(BuildError, match=r"another extension.*FORCE=1"):
+        installing.install_extension(server, force=False)
     assert [path.name for path in foreign.parent.iterdir()] == [name]
-    build.install_extension(server, force=True)
+    installing.install_extension(server, force=True)
     assert "module_pathname" not in foreign.read_text()
 
 
@@ -234,12 +236,12 @@ def test_a_psycopg_outside_the_pinned_range_or_in_pieces_is_replaced(
     (tmp_path / "psycopg_binary").mkdir()
     (tmp_path / "psycopg_binary" / "_psycopg.cpython-312-x86_64-linux-gnu.so").touch()
     (tmp_path / "typing_extensions.py").touch()
-    assert build.installed_psycopg(tmp_path, "3.12") == (version if accepted else None)
-    assert build.installed_psycopg(tmp_path, "3.13") is None
+    assert installing.installed_psycopg(tmp_path, "3.12") == (version if accepted else None)
+    assert installing.installed_psycopg(tmp_path, "3.13") is None
 
 
 def test_the_pinned_range_is_the_projects() -> None:
-    assert f'"{build.psycopg_requirement()}"' in (build.ROOT / "pyproject.toml").read_text()
+    assert f'"{installing.psycopg_requirement()}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_wrong_pg_config_is_an_error_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
