@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from pg_background import messages, wire
+from pg_background.process import process_start
 
 from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
@@ -301,6 +304,61 @@ def test_a_worker_it_has_no_descriptor_for_is_an_error(busy: Handle, alice: Sess
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
     wait(alice, handle)
     assert run(alice, "SELECT 5", "n int") == [(5,)]
+
+
+def announce(link: socket.socket, number: int, *sockets: int) -> None:
+    """Tells the supervisor of a submitted job as its session would; this process stands for the worker."""
+    row = {
+        "key": number,
+        "pid": os.getpid(),
+        "cookie": number,
+        "role_oid": 10,
+        "submitted": True,
+        "queue_size": 65536,
+        "sql_preview": "SELECT",
+        "launched_at": "2026-01-01T00:00:00+00:00",
+        "process_start": process_start(os.getpid()),
+        "state": "running",
+        "history_ms": 1000,
+        "consumed": False,
+    }
+    messages.send(link, [messages.JOB, row, {"clean_ups": 2}], *sockets)
+
+
+def answer(tag: str) -> bytes:
+    """CommandComplete and ReadyForQuery."""
+    body = tag.encode() + b"\0"
+    return b"C" + struct.pack("!I", len(body) + 4) + body + wire.READY_FOR_QUERY
+
+
+def spin(seconds: float) -> None:
+    """Passes less time than a sleep would take."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+@pytest.mark.local_server
+def test_an_answer_stays_in_the_socket_until_its_job_is_announced(
+    cluster: Cluster, busy: Handle, conn: Session
+) -> None:
+    """It was read at times, and lost, where the clean-up before it had come in pieces."""
+    jobs = 500
+    chance = random.Random(4)
+    worker, duplicate = socket.socketpair()
+    with worker, duplicate, stranger(control_path(cluster, conn)) as link:
+        worker.sendall(answer("INSERT 0 1"))
+        for number in range(1, jobs):
+            announce(link, number, *([duplicate.fileno()] if number == 1 else []))
+            for tag in ("DISCARD ALL", "SELECT 1", f"INSERT 0 {number + 1}"):
+                worker.sendall(answer(tag))
+                spin(chance.random() * 0.0003)
+            ended = messages.receive(link)
+            cleaned = messages.receive(link)
+            assert ended is not None
+            assert cleaned is not None
+            assert (ended.message[2], ended.message[3]["command_tag"]) == (number, f"INSERT 0 {number}")
+            assert cleaned.message[2:] == [number, None, []]
 
 
 # --- when it dies ---------------------------------------------------------------------------------

@@ -722,6 +722,10 @@ class Supervisor:
 
     def _read_answers(self, channel: Channel) -> bool:
         """Read a submitted job's answer, and those of the clean-up queued behind it."""
+        if not channel.answers_left and channel.link is not None:
+            # All of the last job has been read. An answer that lies here is the next one's, which the session may not
+            # have told of yet: to be in line twice, for arrivals in quick succession, must not be to lose it.
+            return False
         self._send_outgoing(channel)
         if channel.skip:
             thrown = _receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
