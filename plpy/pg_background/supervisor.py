@@ -128,6 +128,15 @@ class Channel:
         runs = self.job is not None and self.job.running
         return self.drains or runs or (self.queue is not None and self.queue.is_busy)
 
+    @property
+    def is_between_jobs(self) -> bool:
+        """Whether all of a submitted job has been read.
+
+        An answer that lies there by now is the next job's, of which its session may not have told yet: a channel that is
+        in line twice, for arrivals in quick succession, must not lose it.
+        """
+        return self.reads and not self.drains and self.link is not None and not self.answers_left
+
 
 class Supervisor:
     """The event loop and what it knows."""
@@ -688,7 +697,7 @@ class Supervisor:
     def _read_ready_channels(self) -> None:
         for _ in range(len(self._ready)):
             channel = self._ready.popleft()
-            if self._channels.get(channel.pid) is not channel:
+            if self._channels.get(channel.pid) is not channel or channel.is_between_jobs:
                 continue
             if channel.drains:
                 again = self._read_to_the_end(channel)
@@ -722,10 +731,6 @@ class Supervisor:
 
     def _read_answers(self, channel: Channel) -> bool:
         """Read a submitted job's answer, and those of the clean-up queued behind it."""
-        if not channel.answers_left and channel.link is not None:
-            # All of the last job has been read. An answer that lies here is the next one's, which the session may not
-            # have told of yet: to be in line twice, for arrivals in quick succession, must not be to lose it.
-            return False
         self._send_outgoing(channel)
         if channel.skip:
             thrown = _receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
