@@ -132,8 +132,8 @@ class Channel:
     def is_between_jobs(self) -> bool:
         """Whether all of a submitted job has been read.
 
-        An answer that lies there by now is the next job's, of which its session may not have told yet: a channel that is
-        in line twice, for arrivals in quick succession, must not lose it.
+        An answer that lies there by now is the next job's, of which its session may not have told yet. A channel that
+        is in line twice, for arrivals in quick succession, must not lose it.
         """
         return self.reads and not self.drains and self.link is not None and not self.answers_left
 
