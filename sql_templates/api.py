@@ -526,6 +526,7 @@ INTERNAL: tuple[Internal, ...] = (
         "starts a worker that is read at once; reply: its pid and cookie.",
     ),
     Internal("_pg_background_abandon", ("text",), "cancels a worker that was to be read at once, if it is there."),
+    Internal("_pg_background_reported", ("int4", "int8"), "what a worker last reported, as the view has it."),
     Internal("_pg_background_told", ("text", "int4", "int8"), "reply: what a worker's outcome, say, is, as JSON."),
     Internal(
         "_pg_background_open_as",

@@ -163,6 +163,7 @@ class Setup:
 
 
 _TRUST_SOCKET = "local all all trust"
+_TRUST_REPLICATION = "local replication all trust"
 _TRUST_TCP = ("host all all 127.0.0.1/32 trust", "host all all ::1/128 trust")
 
 
@@ -175,7 +176,7 @@ def _setups() -> dict[str, Setup]:
         "host all all ::1/128 scram-sha-256",
     )
     setups = (
-        Setup("trust", (_TRUST_SOCKET, *_TRUST_TCP)),
+        Setup("trust", (_TRUST_SOCKET, _TRUST_REPLICATION, *_TRUST_TCP)),
         Setup("peer", stock_debian, roles_use_tcp=True),
         Setup("notcp", (_TRUST_SOCKET,), listen_addresses=""),
         Setup("renamed", (_TRUST_SOCKET, *_TRUST_TCP), superuser="boss"),
@@ -212,6 +213,13 @@ class _Executor(PostgreSQLExecutor):
         return {name: text for name, text in super().envvars.items() if not foreign.match(name)}
 
 
+class _CopyExecutor(_Executor):
+    """For a data directory that is there already, a standby's or a moved one."""
+
+    def init_directory(self) -> None:
+        pass
+
+
 def _conf_quote(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "''") + "'"
 
@@ -223,8 +231,8 @@ def _free_port() -> int:
     return port
 
 
-def _make_executor(setup: Setup, folder: Path) -> _Executor:
-    return _Executor(
+def _make_executor(setup: Setup, folder: Path, kind: type[_Executor] = _Executor) -> _Executor:
+    return kind(
         executable=str(_ask_pg_config(find_pg_config(), "--bindir") / "pg_ctl"),
         host="127.0.0.1",
         port=_free_port(),
@@ -290,14 +298,34 @@ class Cluster:
                     continue
                 raise RuntimeError(f"the {setup} server did not start:\n{log}") from error
             break
+        return cls._serving(executor, chosen, tag)
+
+    @classmethod
+    def _serving(cls, executor: _Executor, setup: Setup, tag: str) -> Cluster:
         conninfo = make_conninfo(host=executor.unixsocketdir, port=executor.port, user=executor.user, dbname="postgres")
-        return cls(
-            setup,
-            conninfo,
-            executor=executor,
-            role_host="127.0.0.1" if chosen.roles_use_tcp else None,
-            tag=tag,
-        )
+        role_host = "127.0.0.1" if setup.roles_use_tcp else None
+        return cls(setup.name, conninfo, executor=executor, role_host=role_host, tag=tag)
+
+    def start_standby(self, tag: str = "standby") -> Cluster:
+        """Makes a hot standby of this server, of set-up trust, and starts it; it is to be closed first."""
+        setup, folder = SETUPS[self.setup], _scratch_folder()
+        executor = _make_executor(setup, folder, _CopyExecutor)
+        try:
+            subprocess.run(
+                [
+                    str(Path(executor.executable).with_name("pg_basebackup")),
+                    *("--pgdata", executor.datadir, "--dbname", self.conninfo),
+                    *("--checkpoint=fast", "--wal-method=stream", "--write-recovery-conf", "--no-sync"),
+                ],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            executor.start()
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
+        return self._serving(executor, setup, tag)
 
     # -- its life --
 

@@ -284,6 +284,7 @@ class Beyond:
             "result_info": self._result_info,
             "error_info": self._error_info,
             "full_sql": self._full_sql,
+            "progress": self._progress,
         }[what]
         return tell(Handle(pid, cookie))
 
@@ -300,6 +301,13 @@ class Beyond:
 
     def _error_info(self, handle: Handle) -> str:
         return json.dumps({name.replace("error_", "", 1): value for name, value in self._row(handle).items()})
+
+    def _progress(self, handle: Handle) -> str:
+        """An empty object where nothing is known, or is to be told."""
+        try:
+            return json.dumps(self._runtime.row_elsewhere(*handle))
+        except BackgroundError:
+            return "{}"
 
     def _full_sql(self, handle: Handle) -> str:
         worker = self._tracked(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Iterable
 from typing import Any
@@ -66,7 +67,17 @@ class Store:
             " JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.usesysid"
             "  AND r.rolname OPERATOR(pg_catalog.=) CURRENT_USER"
         )
+        self._recovery_in_progress = ctypes.PyDLL(None).RecoveryInProgress
+        self._recovery_in_progress.restype = ctypes.c_bool
+        self._in_recovery = True
         self._prepare()
+
+    def is_out_of_reach(self) -> bool:
+        """Whether this is a hot standby, which can neither read nor write unlogged tables; a promotion ends that."""
+        was_in_recovery, self._in_recovery = self._in_recovery, self._recovery_in_progress()
+        if was_in_recovery and not self._in_recovery:
+            self._plpy.commit()  # the transaction that began before the promotion may not write
+        return self._in_recovery
 
     def find_table(self) -> bool:
         """Whether the table is there for us, perhaps in another schema than before."""

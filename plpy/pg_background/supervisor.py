@@ -143,7 +143,7 @@ class Supervisor:
 
     def __init__(
         self,
-        store: Store | None,
+        store: Store,
         listener: socket.socket,
         path: str,
         lock_fd: int,
@@ -151,7 +151,7 @@ class Supervisor:
         handle_interrupts: Callable[[], bool],
         in_transaction: Callable[[int], bool],
     ) -> None:
-        self._store = store
+        self._store: Store | None = store  # None when the table has gone
         self._listener: socket.socket | None = listener
         self._lock_fd = lock_fd
         self._path = path
@@ -1043,7 +1043,7 @@ class Supervisor:
 
     def _ask_store(self, question: Callable[[Store], Any]) -> Any:
         """The table's answer, or None where it cannot be read."""
-        if self._store is None:
+        if self._store is None or self._store.is_out_of_reach():
             return None
         try:
             return question(self._store)
@@ -1119,6 +1119,10 @@ class Supervisor:
             return
         if self._store is None:
             self._forward(rows)
+            return
+        if self._store.is_out_of_reach():
+            # What still runs when this standby is promoted is written then.
+            self._keep_for_later({key: row for key, row in rows.items() if row["state"] == "running"})
             return
         try:
             self._store.write(rows.values())

@@ -22,8 +22,7 @@ ANOTHER_SERVES = "55P03"
 
 def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     """Serve a database. 55P03 when another supervisor does already."""
-    in_recovery = plpy.execute("SELECT pg_catalog.pg_is_in_recovery() AS yes")[0]["yes"]
-    store = None if in_recovery else Store(plpy)
+    store = Store(plpy)
     switch.become(plpy, role_oid, None, (), held_to_limits=False)
     plpy.commit()
     _prove_role(plpy, role_oid)
