@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from build import ROOT, control_version
 from tests import sql_safety
+from tools.common import ROOT, control_version
 
 DEFINERS = {
     "_pg_background_mark()": "leaves a row in a table that the caller must not write otherwise",
