@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | render | check | install [PG_CONFIG=/path/to/pg_config] | installcheck | clean
+# make demo | test | lint | bench | render | check | install [PG_CONFIG=...] | installcheck | deb | rpm | dist | clean
 # Every target first sees to what it needs (tools/bootstrap.sh), which is quick when all is there.
 
 PYTHON := .venv/bin/python
@@ -33,9 +33,13 @@ install: bootstrap
 test: check install
 	$(PYTHON) -m pytest $(PYTEST_ARGS)
 
+# pg_regress against the server that PGHOST, PGPORT and PGUSER name; with a DSN, the whole suite against that one.
 installcheck: bootstrap
-	@[ -n "$(DSN)" ] || { echo 'installcheck: name a running server: make installcheck DSN="host=... user=..."' >&2; exit 1; }
+ifeq ($(DSN),)
+	$(PYTHON) build.py installcheck $(PG_CONFIG_ARG)
+else
 	$(PYTHON) -m pytest $(PYTEST_ARGS) --dsn-of-running-server "$(DSN)"
+endif
 
 lint: bootstrap
 	$(PYTHON) -m ruff check .

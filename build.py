@@ -4,6 +4,7 @@
 render   makes the install script, docs/reference.md and the README's API table of sql_templates/ and plpy/
 check    fails when one of these is stale
 install  puts the extension and psycopg for the server's own Python into a server's sharedir
+installcheck  runs the regression test by pg_regress, against the server that PGHOST and PGPORT name
 deb      builds Debian packages into dist/
 rpm      builds RPM packages into dist/
 dist     builds PGXN's zip archive into dist/
@@ -18,7 +19,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tools import debian, installing, release, rpm
+from tools import debian, installing, regress, release, rpm
 from tools.common import BuildError
 
 MAJORS = (14, 15, 16, 17, 18)
@@ -36,7 +37,11 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("render", help="write the install script, the reference and the README's API table")
     commands.add_parser("check", help="fail when one of them is stale")
-    for name, text in (("install", "install into a server"), ("demo", "run the worked example")):
+    for name, text in (
+        ("install", "install into a server"),
+        ("installcheck", "run the regression test"),
+        ("demo", "run the worked example"),
+    ):
         command = commands.add_parser(name, help=text)
         command.add_argument("--pg-config", metavar="PATH", help="of the server; default: PG_CONFIG, or found")
     for name, text in (("deb", "build Debian packages"), ("rpm", "build RPM packages")):
@@ -53,6 +58,8 @@ def _run(chosen: argparse.Namespace) -> int:
         rendering.render() if chosen.command == "render" else rendering.check()
     elif chosen.command == "install":
         installing.install(chosen.pg_config)
+    elif chosen.command == "installcheck":
+        regress.run(chosen.pg_config)
     elif chosen.command == "deb":
         debian.build_packages(chosen.majors)
     elif chosen.command == "rpm":
