@@ -30,5 +30,7 @@ def test_the_regression_test_passes(regress_server: Cluster) -> None:
     with regress_server.connect() as session:
         where = {"PGHOST": session.info.host, "PGPORT": str(session.info.port), "PGUSER": session.info.user}
     command = [sys.executable, ROOT / "build.py", "installcheck", "--pg-config", find_pg_config()]
-    done = subprocess.run(command, env={**os.environ, **where}, check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), env={**os.environ, **where}, check=False, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,8 +19,8 @@ def run(pg_config: str | None) -> None:
     if not program.exists():
         raise BuildError(f"{program} is missing: it comes with the server's package, or the one for development")
     with tempfile.TemporaryDirectory(prefix="pg_background-regress-") as output:
-        command = [program, f"--inputdir={_INPUT}", f"--outputdir={output}", f"--bindir={server.pg_config.parent}"]
-        done = subprocess.run([*command, "--dbname=contrib_regression", "pg_background"], check=False)
+        folders = [f"--inputdir={_INPUT}", f"--outputdir={output}", f"--bindir={server.pg_config.parent}"]
+        done = subprocess.run([program, *folders, "--dbname=contrib_regression", "pg_background"], check=False)
         if done.returncode != 0:
             differences = Path(output) / "regression.diffs"
             said = differences.read_text("utf-8") if differences.exists() else ""
