@@ -5,7 +5,6 @@ Each method of Beyond stands behind the internal function of its name; calls.py 
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
@@ -20,6 +19,7 @@ from .errors import (
     SYNTAX_ERROR,
     BackgroundError,
     Report,
+    as_json,
     background_error,
 )
 from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
@@ -178,7 +178,7 @@ class Beyond:
             self._abandon(worker)
             raise
         self._registry.release(worker)
-        return json.dumps({**row, "timed_out": timed_out, "elapsed_ms": worker.elapsed_ms})
+        return as_json({**row, "timed_out": timed_out, "elapsed_ms": worker.elapsed_ms})
 
     @reply
     def run_query(
@@ -291,21 +291,21 @@ class Beyond:
     def _outcome(self, handle: Handle) -> str:
         """An empty object where nothing is known, or is to be told."""
         try:
-            return json.dumps(_outcome_of(self._row(handle)))
+            return as_json(_outcome_of(self._row(handle)))
         except BackgroundError:
             return "{}"
 
     def _result_info(self, handle: Handle) -> str:
         row = self._row(handle)
-        return json.dumps({**_outcome_of(row), "started_at": row["launched_at"]})
+        return as_json({**_outcome_of(row), "started_at": row["launched_at"]})
 
     def _error_info(self, handle: Handle) -> str:
-        return json.dumps({name.replace("error_", "", 1): value for name, value in self._row(handle).items()})
+        return as_json({name.replace("error_", "", 1): value for name, value in self._row(handle).items()})
 
     def _progress(self, handle: Handle) -> str:
         """An empty object where nothing is known, or is to be told."""
         try:
-            return json.dumps(self._runtime.row_elsewhere(*handle))
+            return as_json(self._runtime.row_elsewhere(*handle))
         except BackgroundError:
             return "{}"
 
@@ -371,7 +371,7 @@ class Beyond:
             worker = self._tracked(handle)
             if worker is not None:
                 self._registry.release(worker)
-        return json.dumps([outcomes[handle] for handle in wanted])
+        return as_json([outcomes[handle] for handle in wanted])
 
     def _endings(self, handles: Iterable[Handle]) -> dict[Handle, Ending]:
         """By handle. 42704, 55000, 42501, and then nothing has been asked."""
@@ -428,7 +428,7 @@ class Beyond:
         from .selfcheck import SelfCheck
 
         checks = SelfCheck(self._server, self._registry, self._configurations, self.report_of)
-        return json.dumps([finding._asdict() for finding in checks.findings()])
+        return as_json([finding._asdict() for finding in checks.findings()])
 
     def _managed(self) -> list[Worker]:
         """The tracked workers that the caller may manage, each up to date."""

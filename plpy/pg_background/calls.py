@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
@@ -22,6 +21,7 @@ from .errors import (
     UNDEFINED_OBJECT,
     BackgroundError,
     Report,
+    as_json,
     background_error,
 )
 from .registry import Registry
@@ -365,14 +365,14 @@ class Runtime:
             for worker in self._registry.all()
             if self._registry.may_manage(worker.role_oid)
         ]
-        return json.dumps(rows)
+        return as_json(rows)
 
     @reply
     def stats(self) -> str:
         """A JSON object with this session's counts."""
         registry = self._registry
         active = sum(1 for worker in registry.all() if not worker.ended)
-        return json.dumps(
+        return as_json(
             {
                 "workers_launched": registry.launched,
                 "workers_completed": registry.counts[State.STOPPED],

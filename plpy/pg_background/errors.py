@@ -24,6 +24,9 @@ ADMIN_SHUTDOWN = "57P01"
 DEADLOCK_DETECTED = "40P01"
 INTERNAL_ERROR = "XX000"
 
+# For the server's JSON functions. Characters as they are: SQL_ASCII databases know no \u escapes.
+as_json = json.JSONEncoder(ensure_ascii=False).encode
+
 
 @dataclass(frozen=True)
 class Report:
@@ -47,7 +50,7 @@ class Report:
 
     def to_json(self) -> str:
         """The fields that are there, as a JSON object."""
-        return json.dumps({name: value for name, value in asdict(self).items() if value is not None})
+        return as_json({name: value for name, value in asdict(self).items() if value is not None})
 
 
 class BackgroundError(Exception):
