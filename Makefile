@@ -13,7 +13,7 @@ export PG_CONFIG
 PG_CONFIG_ARG := --pg-config "$(PG_CONFIG)"
 endif
 
-.PHONY: help bootstrap render check install test installcheck lint format bench demo clean distclean
+.PHONY: help bootstrap render check install test installcheck deb rpm dist test-packages lint format bench demo clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -40,6 +40,14 @@ ifeq ($(DSN),)
 else
 	$(PYTHON) -m pytest $(PYTEST_ARGS) --dsn-of-running-server "$(DSN)"
 endif
+
+# Packages for all versions of PostgreSQL, in dist/.
+deb rpm dist: check
+	$(PYTHON) build.py $@
+
+# Installs them in Debian systems that it bootstraps: as root, with debootstrap, lintian and rpm.
+test-packages: check
+	$(SUDO) $(PYTHON) -m pytest packages
 
 lint: bootstrap
 	$(PYTHON) -m ruff check .

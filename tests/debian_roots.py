@@ -101,6 +101,8 @@ class Release:
 RELEASES: Mapping[int, Release] = {17: Release("trixie", "trixie"), 18: Release("forky", "sid")}
 """Major version of PostgreSQL to the release of Debian that ships it."""
 
+_ALL_RELEASES: Mapping[int, Release] = {15: Release("bookworm", "bookworm"), **RELEASES}
+
 
 def roots_folder() -> Path:
     """The folder that holds all roots."""
@@ -364,14 +366,52 @@ def prepare(version: int) -> Root:
     return root
 
 
+@contextlib.contextmanager
+def clean_system(version: int) -> Iterator[Root]:
+    """The Debian release of a version without PostgreSQL, to install packages into; removed at the end.
+
+    It is a copy of one that the first call for that release makes (about a minute).
+    """
+    _require_root_user()
+    folder = roots_folder()
+    bare = folder / f"bare-{_ALL_RELEASES[version].suite}"
+    with _locked(version):
+        if not bare.is_dir():
+            unfinished = Path(tempfile.mkdtemp(prefix=f".{bare.name}.", dir=folder))
+            try:
+                _debootstrap(Root(version, unfinished), folder / f"{bare.name}.log")
+                unfinished.rename(bare)
+            except (RootError, OSError):
+                shutil.rmtree(unfinished)
+                raise
+    copy = Path(tempfile.mkdtemp(prefix=f".copy-of-{bare.name}.", dir=folder))
+    try:
+        _run(["cp", "-a", "--reflink=auto", f"{bare}/.", str(copy)])
+        yield Root(version, copy)
+    finally:
+        shutil.rmtree(copy)
+
+
 def _bootstrap(root: Root) -> None:
     """Fill an empty folder with a Debian system that has PostgreSQL, its languages and locales."""
-    if shutil.which("debootstrap") is None:
-        raise RootError("debootstrap is not installed: apt-get install debootstrap")
     release = RELEASES[root.version]
     log = root.path.parent / f"{root.version}-{release.suite}.log"
-    log.write_text("")
     _say(f"making {release.suite} with PostgreSQL {root.version}; log: {log}")
+    _debootstrap(root, log)
+    _adopt_postgres_user(root)
+    _write(root, "etc/locale.gen", "".join(f"{line}\n" for line in _LOCALES))
+    _install_packages(root, log)
+    root.run("locale-gen", log=log)
+    root.run("apt-get", "clean", log=log)
+    (root.path / _CLUSTERS).mkdir(mode=0o755, parents=True)
+
+
+def _debootstrap(root: Root, log: Path) -> None:
+    """Fill an empty folder with the smallest Debian system, in which no package starts a service."""
+    if shutil.which("debootstrap") is None:
+        raise RootError("debootstrap is not installed: apt-get install debootstrap")
+    release = _ALL_RELEASES[root.version]
+    log.write_text("")
     root.path.chmod(0o755)
     # A mount namespace, because debootstrap mounts file systems in there and may be killed.
     _run(
@@ -385,17 +425,15 @@ def _bootstrap(root: Root) -> None:
         env=_environment(),
     )
     _forbid_services(root)
-    _adopt_postgres_user(root)
-    _write(root, "etc/locale.gen", "".join(f"{line}\n" for line in _LOCALES))
-    _install_packages(root, log)
-    root.run("locale-gen", log=log)
-    root.run("apt-get", "clean", log=log)
-    (root.path / _CLUSTERS).mkdir(mode=0o755, parents=True)
 
 
 def _install_packages(root: Root, log: Path) -> None:
     languages = [f"postgresql-{language}-{root.version}" for language in ("plpython3", "plperl", "pltcl")]
-    packages = [f"postgresql-{root.version}", *languages, "python3", "locales"]
+    install_in(root, f"postgresql-{root.version}", *languages, "python3", "locales", log=log)
+
+
+def install_in(root: Root, *packages: str, log: Path | None = None) -> None:
+    """Install packages, by name or by their path inside, and what they depend on."""
     options = ["-y", "--no-install-recommends", "-o", "Dpkg::Options::=--force-unsafe-io"]
     # A frozen mirror's lists are past their date: this machine's apt says if that may be. Signatures count.
     check_date = _apt_setting("Acquire::Check-Valid-Until") or "true"
@@ -504,7 +542,20 @@ def start(
     encoding: str = "UTF8",
     locale: str = "C.UTF-8",
 ) -> Cluster:
-    """Make a scratch cluster in the root of a version and start it.
+    """As `start_in`, in the root of a version."""
+    return start_in(find(version), port=port, auth=auth, settings=settings, encoding=encoding, locale=locale)
+
+
+def start_in(
+    root: Root,
+    *,
+    port: int | None = None,
+    auth: str = "trust",
+    settings: Mapping[str, str] | None = None,
+    encoding: str = "UTF8",
+    locale: str = "C.UTF-8",
+) -> Cluster:
+    """Make a scratch cluster in a root and start it.
 
     Without a port, a free one is taken. The settings override what is chosen here: a socket folder of its
     own, TCP on 127.0.0.1 only, fsync off.
@@ -512,7 +563,7 @@ def start(
     _require_root_user()
     if auth not in AUTH_METHODS:
         raise RootError(f"unknown auth {auth!r}, expected one of {', '.join(AUTH_METHODS)}")
-    root = find(version)
+    (root.path / _CLUSTERS).mkdir(mode=0o755, parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=root.path / _CLUSTERS))
     password = secrets.token_urlsafe(16) if auth == "peer" else None
     cluster = Cluster(root, folder, port or _free_port(), auth, password)

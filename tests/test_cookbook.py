@@ -8,7 +8,8 @@ import pytest
 
 from sql_templates.api import API
 from tests.clusters import Session
-from tests.test_readme import Step, normalized, psql, section, steps
+from tests.readme import Step, normalized, section, steps
+from tests.test_readme import psql
 
 COOKBOOK = (Path(__file__).parent.parent / "docs" / "cookbook.md").read_text("utf-8")
 _MARK = "-- block of the cookbook"

@@ -1,7 +1,4 @@
-"""The README holds: its tour runs line by line as an ordinary role, and gives what it shows.
-
-A ```text block shows what psql prints for the ```sql block before it; a ```console block is only an example.
-"""
+"""The README holds: its tour runs line by line as an ordinary role, and gives what it shows."""
 
 from __future__ import annotations
 
@@ -9,58 +6,16 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import psycopg
 import pytest
 from psycopg import sql
 
 from tests.clusters import Cluster, Role, Session, find_pg_config
+from tests.readme import README, ROOT, check, script, section, steps
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text("utf-8")
 DATABASE = "readme_tour"
 ALICE = Role("alice", "wonderland")
-
-_FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-_MARK = "-- block of the README"
-
-
-class Step(NamedTuple):
-    """A ```sql block, and what psql prints for it where the README shows that."""
-
-    statements: str
-    shown: str | None
-
-
-def section(begin: str, end: str) -> str:
-    """The README between two markers."""
-    found = re.search(re.escape(begin) + "(.*?)" + re.escape(end), README, re.DOTALL)
-    assert found, f"README.md has no {begin} … {end}"
-    return found.group(1)
-
-
-def steps(text: str) -> list[Step]:
-    """The ```sql blocks, each with the ```text block that follows it."""
-    blocks = [(fence["language"], fence["body"]) for fence in _FENCE.finditer(text)]
-    following = [*blocks[1:], ("", "")]
-    return [
-        Step(body, after if language_after == "text" else None)
-        for (language, body), (language_after, after) in zip(blocks, following)
-        if language == "sql"
-    ]
-
-
-def normalized(printed: str) -> list[str]:
-    """Lines without what differs from run to run: pids, cookies, column widths, an error's context."""
-    printed = re.sub(r"^CONTEXT:.*", "", printed, flags=re.MULTILINE | re.DOTALL)
-    lines = []
-    for line in printed.splitlines():
-        short = re.sub(r"-+", "-", re.sub(r"\s+", " ", line)).strip()
-        if short:
-            lines.append(re.sub(r"\b\d{3,}\b", "N", short))
-    return lines
 
 
 def psql(session: Session, script: str) -> str:
@@ -104,13 +59,7 @@ def tourist(cluster: Cluster) -> Iterator[Session]:
 def test_the_tour_gives_what_the_readme_shows(tourist: Session) -> None:
     tour = steps(section("<!-- tour:begin -->", "<!-- tour:end -->"))
     assert len(tour) > 5
-    printed = psql(tourist, "".join(f"\\echo {_MARK}\n{step.statements}\n" for step in tour)).split(_MARK)[1:]
-    assert len(printed) == len(tour)
-    for step, output in zip(tour, printed):
-        if step.shown is not None:
-            assert normalized(output) == normalized(step.shown), step.statements
-        else:
-            assert "ERROR" not in output, f"{step.statements}\n{output}"
+    check(tour, psql(tourist, script(tour)))
 
 
 @pytest.mark.setups("peer")

@@ -10,7 +10,7 @@ from pathlib import Path
 from tools import installing, release
 from tools.common import ROOT
 
-SPEC = ROOT / "packaging" / "pg_background.spec"
+SPEC = ROOT / "packages" / "pg_background.spec"
 
 
 def build_packages(majors: Sequence[int]) -> None:
