@@ -16,7 +16,8 @@ import psycopg
 import pytest
 
 from tests.background import Handle, listed, wait
-from tests.clusters import Role, Session, sqlstate, wait_until
+from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
+from tests.supervision import supervisor_pid, supervisor_pids
 
 TRANSACTIONS = 10_000 if os.environ.get("PG_BACKGROUND_LONG") else 1000
 START_SECONDS = 0.1  # in the suite, on a loaded machine; on an idle one the median is below 5 ms
@@ -155,6 +156,44 @@ def test_it_runs_when_the_session_ends_right_after_the_commit(ran: Session, conn
     wait_until(lambda: sorted(rows(ran)) == sorted(wanted), what="the jobs")
     conn.execute("SELECT pg_sleep(0.2)")
     assert sorted(rows(ran)) == sorted(wanted)
+
+
+@pytest.mark.parametrize("way", ["session stays", "session ends"])
+def test_a_terminated_supervisor_takes_none_with_it(ran: Session, conn: Session, connect: Any, way: str) -> None:
+    session = connect(Role(ran.info.user, "secret of alice"))
+    session.execute("BEGIN")
+    handles = [note(session, "a"), note(session, "b")]
+    terminated = supervisor_pid(conn)
+    conn.execute("SELECT pg_terminate_backend(%s)", (terminated,))
+    assert state(ran, note(ran, "another")) == ("stopped", None)  # by a successor
+    session.execute("COMMIT")
+    if way == "session ends":
+        session.close()
+    for handle in handles:
+        assert state(conn, handle) == ("stopped", None)
+    assert rows(ran) == ["another", "a", "b"]
+    wait_until(lambda: terminated not in supervisor_pids(conn), what="its end")
+
+
+def test_rolled_back_jobs_do_not_run_though_the_supervisor_was_terminated(ran: Session, conn: Session) -> None:
+    ran.execute("BEGIN")
+    handle = note(ran, "never")
+    terminated = supervisor_pid(conn)
+    conn.execute("SELECT pg_terminate_backend(%s)", (terminated,))
+    ran.execute("ROLLBACK")
+    wait_until(lambda: terminated not in supervisor_pids(conn), what="its end")
+    assert state(conn, handle) == ("canceled", "40000")
+    assert rows(ran) == []
+
+
+@pytest.mark.local_server
+def test_a_shutdown_does_not_wait_for_them(start_cluster: Callable[..., Cluster]) -> None:
+    own = start_cluster()
+    session = own.connect(own.create_database())
+    session.execute("BEGIN")
+    submit(session, "SELECT 1")
+    own.stop("fast")  # fails where it takes longer than 20 s
+    session.close()
 
 
 def test_a_terminated_session_rolls_back(ran: Session, conn: Session, connect: Any) -> None:

@@ -175,6 +175,7 @@ class Supervisor:
         self._inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
         self._missing: set[int] = set()  # keys of those whose process had gone when last looked
         self._questions: list[Callable[[], None]] = []
+        self._asked_too_early: list[Callable[[], None]] = []  # they are asked again
         self._deadlines: list[tuple[float, int]] = []
         now = time.monotonic()
         self._flush_at = self._tick_at = now
@@ -212,7 +213,7 @@ class Supervisor:
         """Serve until there is nothing left to do, or until the server wants this backend to end."""
         self._inherit()
         parent = os.getppid()
-        while self._handle_interrupts():
+        while self._is_wanted():
             if os.getppid() != parent:
                 return  # the postmaster is gone, and so is everybody else
             self._serve(self._epoll.poll(self._poll_timeout(), _MAX_EVENTS))
@@ -233,6 +234,21 @@ class Supervisor:
         self._end_drained()
         self._flush()
         self._retire()
+
+    def _is_wanted(self) -> bool:
+        """False when this backend must end.
+
+        Before that its sessions go to a successor, with all their workers but those whose jobs wait for a commit:
+        nobody else has these. The server's shutdown ends such workers too, and so does not wait for them.
+        """
+        if self._handle_interrupts():
+            return True
+        self._make_room()
+        if self._sessions():
+            self._end_drained()
+            self._flush()  # a successor asks the table what has become of a job
+            self._part_from_sessions()
+        return any(channel.queue is not None and channel.queue.is_busy for channel in self._channels.values())
 
     def _poll_timeout(self) -> float:
         if self._ready or self._questions or self._unheard:
@@ -340,9 +356,12 @@ class Supervisor:
         if self._deaf and self._listener is not None:
             self._deaf = False
             self._epoll.register(self._listener.fileno(), select.EPOLLIN)
-        if now >= self._lost_at and self._inherited:
+        if now >= self._lost_at:
             self._lost_at = now + _LOST_S
-            self._look_after_inherited()
+            self._questions += self._asked_too_early
+            self._asked_too_early.clear()
+            if self._inherited:
+                self._look_after_inherited()
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_S
             self._prune()
@@ -361,12 +380,15 @@ class Supervisor:
             return not self._dirty or self._unwritable  # a table that is gone must not keep a database alive
         if self._dirty or (self._listener is not None and now - self._idle_since <= _IDLE_S):
             return False  # without a listener, a successor serves whoever asks next
-        self._part_from_links()
+        self._part_from_sessions()
         return not self._dirty
 
-    def _part_from_links(self) -> None:
-        """Close every link, so that its session turns to a successor; what was under way is still heard."""
-        links = list(self._links.values())
+    def _sessions(self) -> list[Link]:
+        return [link for link in self._links.values() if not link.reports]
+
+    def _part_from_sessions(self) -> None:
+        """Close their links, so that each turns to a successor; what was under way is still heard."""
+        links = self._sessions()
         for link in links:
             with contextlib.suppress(OSError):
                 link.connection.shutdown(socket.SHUT_RD)
@@ -1063,8 +1085,13 @@ class Supervisor:
             job.waiters.append((link, request))
             link.waiting[request] = job
         else:
+            row = self._row(pid, cookie)
+            if row is not None and row["state"] == "running":
+                # A predecessor sees it to its end, and writes that down.
+                self._asked_too_early.append(lambda: self._wait(link, request, pid, cookie))
+                return
             del link.waiting[request]
-            self._send(link, [messages.REPLY, request, self._row(pid, cookie)])
+            self._send(link, [messages.REPLY, request, row])
 
     def _on_forget(self, link: Link, request: int) -> None:
         job = link.waiting.pop(request, None)

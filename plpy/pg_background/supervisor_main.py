@@ -41,9 +41,9 @@ def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     plpy.execute("SELECT pg_catalog.set_config('client_min_messages', 'error', false)")
     plpy.commit()
     _raise_descriptor_limit()
-    Supervisor(store, listener, path, lock_fd, digest, _interrupt_handler(plpy), _transaction_probe(plpy)).run()
-    # A termination that was asked for happens now.
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+    interrupts = _Interrupts(plpy)
+    Supervisor(store, listener, path, lock_fd, digest, interrupts.handle, _transaction_probe(plpy)).run()
+    interrupts.let_terminate()
     plpy.execute("SELECT 1")
     plpy.commit()
     # To return would be to answer a client that has gone, which is a FATAL error in the log.
@@ -82,27 +82,39 @@ def _listen(path: str) -> socket.socket:
     return listener
 
 
-def _interrupt_handler(plpy: Any) -> Callable[[], bool]:
-    """Lets the server act on a request of another session: a statement does. False: this backend must end.
+class _Interrupts:
+    """Requests of other sessions. A termination waits until the supervisor has written down what it knows."""
 
-    Its termination waits until it has written down what it knows: SIGTERM stays blocked. The server's clean-up
-    after an error unblocks it, hence each time anew.
-    """
-    pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
-    plan = plpy.prepare("SELECT 1")
+    def __init__(self, plpy: Any) -> None:
+        self._plpy = plpy
+        self._pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
+        self._plan = plpy.prepare("SELECT 1")
+        self._must_end = False
 
-    def handle() -> bool:
+    def handle(self) -> bool:
+        """Let the server act on requests: a statement does. False: this backend must end.
+
+        SIGTERM stays blocked. The server's clean-up after an error unblocks it, hence each time anew, and hence it is
+        taken when it has come: the end may wait for jobs that wait for a commit.
+        """
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-        if pending.value:
+        if self._pending.value:
             try:
-                plpy.execute(plan)
-            except plpy.SPIError as error:
+                self._plpy.execute(self._plan)
+            except self._plpy.SPIError as error:
                 if error.sqlstate != "57014":  # a cancel is not for us
                     raise
-            plpy.commit()
-        return signal.SIGTERM not in signal.sigpending()
+            self._plpy.commit()
+        if signal.SIGTERM in signal.sigpending():
+            signal.sigwait((signal.SIGTERM,))
+            self._must_end = True
+        return not self._must_end
 
-    return handle
+    def let_terminate(self) -> None:
+        """A termination that was asked for happens with the next statement."""
+        if self._must_end:
+            signal.raise_signal(signal.SIGTERM)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 def _transaction_probe(plpy: Any) -> Callable[[int], bool]:
