@@ -504,11 +504,11 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_placeholders", (), "how many settings this session has that pg_settings does not show."),
     Internal("_pg_background_list", (), "reply: this session's workers as JSON."),
     Internal("_pg_background_stats", (), "reply: this session's counts as JSON."),
-    Internal("_pg_background_mark", (), "leaves a marker in the caller's transaction."),
+    Internal("_pg_background_mark", ("oid",), "leaves a marker for a role's worker in the caller's transaction."),
     Internal(
         "_pg_background_has_committed",
         ("uuid",),
-        "waits for the end of the transaction that left this marker; whether that committed.",
+        "waits for the end of the transaction that left this marker for the session's user; whether that committed.",
     ),
     Internal(
         "_pg_background_defer",

@@ -14,7 +14,7 @@ from tests import sql_safety
 from tools.common import ROOT, control_version
 
 DEFINERS = {
-    "_pg_background_mark()": "leaves a row in a table that the caller must not write otherwise",
+    "_pg_background_mark(oid)": "leaves a row in a table that the caller must not write otherwise",
     "_pg_background_has_committed(uuid)": "looks for that row, and waits for the end of who wrote it",
 }
 """The only functions that run with more rights than their caller's, each with its reason."""

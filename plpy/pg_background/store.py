@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-TABLE = "_pg_background_worker"
+TABLE, MARKER_TABLE = "_pg_background_worker", "_pg_background_marker"
 
 # The table's columns; a row is a dict of them. `key` is random and never 0, where the cookie of v1 workers is.
 KEY = "key"
@@ -92,8 +92,8 @@ class Store:
 
     def _prepare(self) -> None:
         plpy = self._plpy
-        name = plpy.execute(
-            "SELECT pg_catalog.format('%I.%I', n.nspname, c.relname) AS name"
+        schema = plpy.execute(
+            "SELECT pg_catalog.quote_ident(n.nspname) AS name"
             " FROM pg_catalog.pg_extension e"
             " JOIN pg_catalog.pg_depend d"
             "   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid"
@@ -104,6 +104,7 @@ class Store:
             " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
             f" AND c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
         )[0]["name"]
+        name = f"{schema}.{TABLE}"
         columns = ", ".join(COLUMNS)
         updates = ", ".join(f"{column} = EXCLUDED.{column}" for column in COLUMNS[1:])
         self._upsert = plpy.prepare(
@@ -129,6 +130,11 @@ class Store:
             "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"
             "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)))",
             ["pg_catalog.int8"],
+        )
+
+        self._sweep = plpy.prepare(
+            f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.made_at OPERATOR(pg_catalog.<)"
+            " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
         )
 
     def decode(self, text: bytes) -> str:
@@ -184,6 +190,12 @@ class Store:
     def prune(self) -> None:
         """Remove rows that ended longer ago than their history_ms, and the oldest beyond MAX_ROWS."""
         self._plpy.execute(self._prune, [MAX_ROWS])
+        self._plpy.commit()
+
+
+    def sweep_markers(self) -> None:
+        """Remove the markers of deferred jobs that no supervisor knows any more; who calls must know that."""
+        self._plpy.execute(self._sweep)
         self._plpy.commit()
 
 

@@ -1218,6 +1218,7 @@ class Supervisor:
             self._look_after_inherited()
             self._look_after_inherited()
             self._flush()
+        self._sweep_markers()
 
     def _look_after_inherited(self) -> None:
         """What has no process behind it will never tell how it ended.
@@ -1247,6 +1248,16 @@ class Supervisor:
         self._deadlines = [entry for entry in self._deadlines if entry[1] in self._jobs]
         heapq.heapify(self._deadlines)
         self._ask_store(lambda store: store.prune())
+        self._sweep_markers()
+
+    def _sweep_markers(self) -> None:
+        """Where no job waits for a commit, here or with a predecessor, those whose markers are left were lost.
+
+        A job is handed over before its transaction has committed, and so before others see its marker.
+        """
+        waits = any(channel.queue is not None and channel.queue.is_busy for channel in self._channels.values())
+        if not waits and self._ask_store(lambda store: store.is_alone()):
+            self._ask_store(lambda store: store.sweep_markers())
 
     # --- the end ---
 
