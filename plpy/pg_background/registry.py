@@ -155,7 +155,7 @@ class Registry:
         """Whether a kept session was cleaned well; otherwise it has been ended."""
         ready = False
         try:
-            ready = session.finish_clean_up()
+            ready = session.is_still_its_role and session.finish_clean_up()
         finally:
             if not ready:
                 self._end_session(session)
@@ -205,7 +205,7 @@ class Registry:
 
     def can_serve(self, session: WorkerSession, configuration: Configuration) -> bool:
         """Whether a session is the caller's, and can take these settings on."""
-        if session.role_oid != self.server.caller():
+        if session.role_oid != self.server.caller() or not session.is_still_its_role:
             return False
         state = configuration.guc_state
         return session.guc_state == state or self._inheritance.fits(state, session.inherited)

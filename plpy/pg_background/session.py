@@ -80,7 +80,7 @@ class WorkerSession:
         self.known_to_supervisor = 0  # the number of the control connection over which it was handed over
         self.closed = False
         self.users: list[str] = []
-        self._count_placeholders = b""  # a call, where Python runs in the worker already
+        self._counts_placeholders = False  # where Python runs in the worker already
         self._hidden_settings = 0  # how many it counts at least
         self._custom_names: frozenset[bytes] = frozenset()
         self._proven_answer = b""
@@ -115,11 +115,11 @@ class WorkerSession:
     def _set_up(self, inherited: Inherited, hidden_settings: dict[int, int], *, same_role: bool) -> None:
         if not same_role:
             self.run(self._switch_block(inherited))
-            self._count_placeholders = self._server.home().encode() + b"._pg_background_placeholders()"
+            self._counts_placeholders = True
         self.verify()
-        if self._count_placeholders and self.role_oid not in hidden_settings:
+        if self._counts_placeholders and self.role_oid not in hidden_settings:
             # In one query with the settings: a transaction under them may be one that waits for the launcher's to end.
-            count = b"SELECT " + self._count_placeholders
+            count = b"SELECT " + self._placeholders_call()
             counted = self.run(b"; ".join(filter(None, (self.adopt(inherited), count)))).get_value(0, 0) or b"0"
             hidden_settings[self.role_oid] = int(counted) - len(self._custom_names)
         else:
@@ -168,6 +168,14 @@ class WorkerSession:
     # --- between two jobs ---
 
     @property
+    def is_still_its_role(self) -> bool:
+        """Whether the role has the power that it had: the server keeps a session's right to become anybody."""
+        if self.users[2:] != ["on"]:
+            return True
+        role = self._server.role(self.role_oid)
+        return role is not None and role.is_superuser
+
+    @property
     def is_idle(self) -> bool:
         """Whether the connection lives and is outside of a transaction."""
         return self.connection.transaction_status == _IDLE
@@ -176,8 +184,12 @@ class WorkerSession:
         """Two queries that make this session as a fresh one; the last row of their answers proves whose it is."""
         settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms
         settings += self.inherited.assign + b"; " if self.inherited.assign else b""
-        proof = b", ".join(filter(None, (_WHO_AM_I, self._count_placeholders)))
+        proof = _WHO_AM_I + (b", " + self._placeholders_call() if self._counts_placeholders else b"")
         return wire.query_message(b"DISCARD ALL") + wire.query_message(settings + b"SELECT " + proof)
+
+    def _placeholders_call(self) -> bytes:
+        """By the schema's name of now: what has the name of before may be anybody's function."""
+        return self._server.encode(self._server.home()) + b"._pg_background_placeholders()"
 
     def send_clean_up(self, idle_timeout_ms: int) -> None:
         """Send them past libpq; finish_clean_up reads the answers when the session is wanted again."""
