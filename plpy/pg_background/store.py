@@ -192,7 +192,6 @@ class Store:
         self._plpy.execute(self._prune, [MAX_ROWS])
         self._plpy.commit()
 
-
     def sweep_markers(self) -> None:
         """Remove the markers of deferred jobs that no supervisor knows any more; who calls must know that."""
         self._plpy.execute(self._sweep)
