@@ -10086,7 +10086,12 @@ BEGIN
             UNION ALL
             SELECT 2, 'USAGE ON TYPE', m.objid::pg_catalog.regtype::pg_catalog.text
             FROM member m
+            JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) m.objid
+            LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.typrelid
             WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass
+              -- Later releases count types of arrays and of tables' rows among the members.
+              AND t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
+              AND c.relkind OPERATOR(pg_catalog.=) 'c'
             UNION ALL
             SELECT 3, 'SELECT ON TABLE', m.objid::pg_catalog.regclass::pg_catalog.text
             FROM member m
@@ -10243,7 +10248,12 @@ BEGIN
             UNION ALL
             SELECT 2, 'USAGE ON TYPE', m.objid::pg_catalog.regtype::pg_catalog.text
             FROM member m
+            JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) m.objid
+            LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.typrelid
             WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass
+              -- Later releases count types of arrays and of tables' rows among the members.
+              AND t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
+              AND c.relkind OPERATOR(pg_catalog.=) 'c'
             UNION ALL
             SELECT 3, 'SELECT ON TABLE', m.objid::pg_catalog.regclass::pg_catalog.text
             FROM member m

@@ -429,7 +429,7 @@ def _debootstrap(root: Root, log: Path) -> None:
 
 def _install_packages(root: Root, log: Path) -> None:
     languages = [f"postgresql-{language}-{root.version}" for language in ("plpython3", "plperl", "pltcl")]
-    install_in(root, f"postgresql-{root.version}", *languages, "python3", "locales", log=log)
+    install_in(root, f"postgresql-{root.version}", *languages, "python3", "locales", "tzdata-legacy", log=log)
 
 
 def install_in(root: Root, *packages: str, log: Path | None = None) -> None:

@@ -390,7 +390,8 @@ def test_exactly_what_was_committed_runs_once(ran: Session) -> None:
     seen = {what: place for place, what in enumerate(rows(ran))}
     for stays in batches:
         assert [seen[what] for what in stays] == sorted(seen[what] for what in stays)
-    assert ran.value("SELECT count(*) FROM pg_background_activity WHERE state = 'running'") == 0
+    running = "SELECT pid, label FROM pg_background_activity WHERE state = 'running'"
+    wait_until(lambda: not ran.rows(running), what="the view to show no job as running")
 
 
 def test_many_sessions_at_once(ran: Session, connect: Any) -> None:

@@ -185,7 +185,7 @@ def test_settings_that_the_rows_do_not_depend_on_may_change(conn: Session) -> No
     handle = launch(
         conn,
         "SELECT set_config(n, v, false), 1.5, 'a'::plain_enum, ARRAY['x'] FROM (VALUES ('datestyle', 'SQL'),"
-        " ('timezone', 'CET'), ('search_path', ''), ('extra_float_digits', '0')) x(n, v)",
+        " ('timezone', 'Europe/Berlin'), ('search_path', ''), ('extra_float_digits', '0')) x(n, v)",
     )
     assert len(read(conn, handle, "*", "s text, n numeric, e plain_enum, t text[]")) == 4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ _NUMBERS = [
     "0.5", ".5", "5.", "-1", "+7", "- 1", "-.5", "1e3", "1E3", "1e+2", "1e", "1e-1", "1e400", "1e-400",
     "1e-310", "0e-400", "2147483647", "2147483648", "-2147483649", "99999999999999999999",
     "077777777777777777777777", "0x7fffffff", "9223372036854775808", "inf", "nan", "30.1", "0.0004",
-    "0.0005", "1_000", "e5", ".", "", "0b11", "4194303.9",
+    "0.0005", "1_000", "e5", ".", "", "4194303.9",
 ]  # fmt: skip
 _UNITS = [
     "",
@@ -59,13 +60,14 @@ _UNITS = [
     "x",
     "B B",
 ]
+_BINARY = re.compile("0[bB][01]")  # a number where the server's C library says so
 _SPACES = ["", "", " ", "\t", "\n", "\v", "  ", "\u00a0"]
 texts = st.one_of(
     st.tuples(*map(st.sampled_from, (_SPACES, _NUMBERS, _SPACES, _UNITS, _SPACES))).map("".join),
     st.tuples(st.decimals(allow_nan=False, allow_infinity=False).map(str), st.sampled_from(_UNITS)).map("".join),
     st.tuples(st.floats(0, 1e6).map(str), st.sampled_from(_UNITS)).map("".join),
     st.text("0123456789xXeEpP.+- \tkMGTBusminhdf", max_size=12),
-)
+).filter(lambda text: not _BINARY.search(text))
 
 
 @pytest.fixture(scope="module")
