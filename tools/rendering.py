@@ -180,8 +180,9 @@ def _check_script(script: str) -> None:
 
 
 def _table_row(function: Function) -> str:
-    comment = function.comment.replace("|", "\\|")
-    return f"| `{function.declaration}` | `{function.returns}` | {comment} |"
+    """Declaration, result and the first sentence of the comment; docs/reference.md has all of it."""
+    sentence = re.split(r"(?<=\.) (?=[A-Z])", function.comment)[0].replace("|", "\\|")
+    return f"| `{function.declaration}` | `{function.returns}` | {sentence} |"
 
 
 def render_table(functions: Sequence[Function]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import pytest
 import build
 from sql_templates.api import API, INTERNAL, Argument, Function
 from tools import installing, rendering
-from tools.common import CONTROL, ROOT, BuildError
+from tools.common import CONTROL, ROOT, BuildError, control_version
 
 MASTER = (
     "{% for m in modules %}{{ m.function }}{% endfor %}\n"
@@ -174,6 +175,19 @@ def test_the_readme_keeps_what_is_outside_its_markers() -> None:
     assert "old" not in replaced
     assert rendering.readme_with_table(replaced, table) == replaced
     assert all(function.declaration in table for function in API)
+
+
+def test_the_readmes_table_has_the_first_sentence_of_each_comment() -> None:
+    function = Function("f", (), "int4", "Counts a|b, now: 0. Raises 22004.", "v2", "Group")
+    assert "| `f()` | `int4` | Counts a\\|b, now: 0. |\n" in rendering.render_table([function])
+
+
+def test_the_description_for_pgxn_is_of_this_version_and_names_files_that_exist() -> None:
+    meta = json.loads((ROOT / "META.json").read_text("utf-8"))
+    (provided,) = meta["provides"].values()
+    assert provided["version"] == meta["version"] == f"{control_version()}.0"
+    assert (ROOT / provided["file"]).is_file()
+    assert (ROOT / provided["docfile"]).is_file()
 
 
 def test_a_readme_without_markers_is_an_error() -> None:
