@@ -8891,6 +8891,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.launch(sql, queue_size)
 $$;
 CREATE FUNCTION _pg_background_start(sql text, queue_size int4, label text, params text[], submitted bool)
@@ -8918,6 +8919,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.start(sql, queue_size, label, params, submitted)
 $$;
 CREATE FUNCTION _pg_background_launch_v1(sql text, queue_size int4)
@@ -8945,6 +8947,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.launch_v1(sql, queue_size)
 $$;
 CREATE FUNCTION _pg_background_submit(sql text, queue_size int4)
@@ -8972,6 +8975,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.submit(sql, queue_size)
 $$;
 CREATE FUNCTION _pg_background_open_result(pid int4, cookie int8)
@@ -8999,6 +9003,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.open_result(pid, cookie)
 $$;
 CREATE FUNCTION _pg_background_batches(pid int4)
@@ -9024,8 +9029,8 @@ if runtime is None:
         exec(found[0]["body"].split("$module$")[1], loader)
         runtime = loader["load"](plpy, GD, "pg_background 1.8 d28256eda44a", "calls")
     except plpy.SPIError as error:  # a cancel, say
-        import json
-        return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+        plpy.error(str(error.args[0]), sqlstate=error.sqlstate)
+
 return runtime.batches(pid)
 $$;
 CREATE FUNCTION _pg_background_close_result(pid int4)
@@ -9053,6 +9058,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.close_result(pid)
 $$;
 CREATE FUNCTION _pg_background_wait(pid int4, cookie int8, timeout_ms int4)
@@ -9080,6 +9086,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.wait(pid, cookie, timeout_ms)
 $$;
 CREATE FUNCTION _pg_background_detach(pid int4, cookie int8)
@@ -9107,6 +9114,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.detach(pid, cookie)
 $$;
 CREATE FUNCTION _pg_background_cancel(pid int4, cookie int8, grace_ms int4)
@@ -9134,6 +9142,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.cancel(pid, cookie, grace_ms)
 $$;
 CREATE FUNCTION _pg_background_progress(pct int4, msg text)
@@ -9182,8 +9191,8 @@ if runtime is None:
         exec(found[0]["body"].split("$module$")[1], loader)
         runtime = loader["load"](plpy, GD, "pg_background 1.8 d28256eda44a", "placeholders")
     except plpy.SPIError as error:  # a cancel, say
-        import json
-        return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+        plpy.error(str(error.args[0]), sqlstate=error.sqlstate)
+
 return runtime.count()
 $$;
 CREATE FUNCTION _pg_background_list()
@@ -9211,6 +9220,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.list_workers()
 $$;
 CREATE FUNCTION _pg_background_stats()
@@ -9238,6 +9248,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.stats()
 $$;
 CREATE FUNCTION _pg_background_mark(role_oid oid)
@@ -9275,6 +9286,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.defer(sql, queue_size, label, params, marker)
 $$;
 CREATE FUNCTION _pg_background_has_committed(marker uuid)
@@ -9323,6 +9335,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.run(sql, queue_size, timeout_ms, label, params)
 $$;
 CREATE FUNCTION _pg_background_run_query(
@@ -9352,6 +9365,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.run_query(run, sql, queue_size, timeout_ms, label, col_def)
 $$;
 CREATE FUNCTION _pg_background_abandon(run text)
@@ -9379,6 +9393,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.abandon(run)
 $$;
 CREATE FUNCTION _pg_background_told(what text, pid int4, cookie int8)
@@ -9406,6 +9421,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.told(what, pid, cookie)
 $$;
 CREATE FUNCTION _pg_background_open_as(pid int4, cookie int8, row_type oid)
@@ -9433,6 +9449,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.open_as(pid, cookie, row_type)
 $$;
 CREATE FUNCTION _pg_background_wait_any(handles pg_background_handle[], timeout_ms int4)
@@ -9460,6 +9477,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.wait_any(handles, timeout_ms)
 $$;
 CREATE FUNCTION _pg_background_drain(handles pg_background_handle[], timeout_ms int4)
@@ -9487,6 +9505,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.drain(handles, timeout_ms)
 $$;
 CREATE FUNCTION _pg_background_take(how text)
@@ -9514,6 +9533,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.take(how)
 $$;
 CREATE FUNCTION _pg_background_check()
@@ -9541,6 +9561,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.check()
 $$;
 CREATE FUNCTION _pg_background_cancel_by_label(pattern text, grace_ms int4)
@@ -9568,6 +9589,7 @@ if runtime is None:
     except plpy.SPIError as error:  # a cancel, say
         import json
         return "!" + json.dumps({"sqlstate": error.sqlstate, "message": str(error.args[0])}, ensure_ascii=False)
+
 return runtime.beyond.cancel_by_label(pattern, grace_ms)
 $$;
 CREATE VIEW pg_background_activity WITH (security_barrier) AS
