@@ -1,8 +1,8 @@
 """System calls and calls of the server made to fail, one after the other: a clear error or recovery, and nothing left.
 
 A fault comes from outside where it can: a limit of the operating system on a backend of ours (prlimit), a folder that
-cannot be written to, a signal, a socket in the place of another. Where it cannot, `fault` puts a failing function in the
-place of one in the session's own Python, as a superuser may.
+cannot be written to, a signal, a socket in the place of another. Where it cannot, `failing` puts a function that fails
+in the place of one in the session's own Python, as a superuser may.
 """
 
 from __future__ import annotations
