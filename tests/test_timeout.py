@@ -99,7 +99,7 @@ def test_it_ends_whether_the_launcher_is_there_or_not(
         launcher.close()
     elif way == "waiting":
         wait(launcher, handle)
-    is_timed_out(outcome(conn, handle), 0.5)
+    is_timed_out(outcome(conn, handle), 1.0)
     working = "SELECT FROM pg_stat_activity WHERE pid = %s AND state <> 'idle'"
     wait_until(lambda: not conn.rows(working, (handle.pid,)))
     if way in ("idle", "waiting"):
