@@ -175,6 +175,31 @@ def test_a_terminated_supervisor_takes_none_with_it(ran: Session, conn: Session,
     wait_until(lambda: terminated not in supervisor_pids(conn), what="its end")
 
 
+def test_exactly_what_was_committed_runs_once_while_supervisors_end(ran: Session, conn: Session) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    chance = random.Random(seed)
+    wanted = []
+    for n in range(TRANSACTIONS // 50):
+        committed = chance.random() < 0.6
+        with ran.transaction(force_rollback=not committed):
+            for m in range(chance.randrange(1, 5)):
+                if chance.random() < 0.15:
+                    terminate_supervisors(conn)
+                note(ran, f"{n} {m}")
+                wanted += [f"{n} {m}"] * committed
+        if chance.random() < 0.15:
+            terminate_supervisors(conn)
+    wait_until(lambda: len(rows(ran)) >= len(wanted), what="the jobs", timeout=30)
+    assert sorted(rows(ran)) == sorted(wanted)
+
+
+def terminate_supervisors(conn: Session) -> None:
+    """Asks all of this database's to end, and does not wait for that."""
+    for pid in supervisor_pids(conn):
+        conn.execute("SELECT pg_terminate_backend(%s)", (pid,))
+
+
 def test_rolled_back_jobs_do_not_run_though_the_supervisor_was_terminated(ran: Session, conn: Session) -> None:
     ran.execute("BEGIN")
     handle = note(ran, "never")

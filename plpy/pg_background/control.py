@@ -78,6 +78,10 @@ class Listener(Protocol):
         """A new supervisor knows nothing yet: tell it of every worker."""
 
 
+class SessionLeftError(Exception):
+    """The worker session that a message speaks of was left to the supervisor before this one."""
+
+
 class Question:
     """A question to the supervisor whose answer is waited for beside other things."""
 
@@ -180,6 +184,8 @@ class Control:
         """
         while True:
             self.ensure()
+            if about is not None and about.closed:
+                raise SessionLeftError
             assert self._socket is not None
             unknown = about is not None and about.known_to_supervisor != self._connections
             try:

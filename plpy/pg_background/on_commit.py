@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from . import messages, wire
+from .control import SessionLeftError
 from .errors import INVALID_PARAMETER_VALUE, background_error
 from .session import CLEAN_UP_ANSWERS, WorkerSession
 from .worker import KEY_BITS, PREVIEW_CHARACTERS, Job
@@ -49,6 +50,13 @@ class OnCommit:
 
     def defer(self, job: Job, configuration: Configuration, marker: str) -> tuple[int, int]:
         """Hand a job over; its handle. `marker`: the key of the row that this transaction has inserted for it."""
+        while True:
+            try:
+                return self._defer(job, configuration, marker)
+            except SessionLeftError:
+                continue  # to the supervisor that has just gone; the next one gets another
+
+    def _defer(self, job: Job, configuration: Configuration, marker: str) -> tuple[int, int]:
         batch = self._batch(configuration)
         session = batch.session
         key = secrets.randbits(KEY_BITS) or 1

@@ -248,6 +248,10 @@ class Supervisor:
             self._end_drained()
             self._flush()  # a successor asks the table what has become of a job
             self._part_from_sessions()
+        return self._waits_for_commits()
+
+    def _waits_for_commits(self) -> bool:
+        """Whether jobs wait for a commit, of which the next one must find this process: they keep their order."""
         return any(channel.queue is not None and channel.queue.is_busy for channel in self._channels.values())
 
     def _poll_timeout(self) -> float:
@@ -365,7 +369,8 @@ class Supervisor:
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_S
             self._prune()
-        if (now - self._born > _SUCCESSION_S or self._written > _SUCCESSION_ROWS) and self._links:
+        due = now - self._born > _SUCCESSION_S or self._written > _SUCCESSION_ROWS
+        if due and self._links and not self._waits_for_commits():
             self._make_room()
 
     def _is_done(self, now: float) -> bool:
