@@ -18,7 +18,7 @@ Connect = Callable[..., Session]
 NewRole = Callable[..., Role]
 
 LOCK = 4812
-ALL_SETUPS = pytest.mark.setups("trust", "peer", "notcp")
+TWO_SETUPS = pytest.mark.setups("trust", "peer")
 
 
 def _do(session: Session, command: str, *names: str) -> None:
@@ -62,7 +62,7 @@ def _started_since(admin: Session, worker_pids: list[int]) -> list[Any]:
     return admin.rows(query, (worker_pids,))
 
 
-@ALL_SETUPS
+@TWO_SETUPS
 @pytest.mark.parametrize("way", WAYS)
 def test_nothing_starts_and_what_runs_goes_on(
     connect: Connect, role: NewRole, conn: Session, fresh_database: str, way: str
