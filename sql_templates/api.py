@@ -646,5 +646,7 @@ ERRORS: tuple[Error, ...] = (
     Error("55000", "object_not_in_prerequisite_state", "The pid is right, and the cookie is another."),
     Error("57014", "query_canceled", "The worker was cancelled, or a timeout has ended it."),
     Error("57P01", "admin_shutdown", "The worker's backend was terminated, after a grace period, say."),
-    Error("58P01", "undefined_file", "psycopg is not installed for the server's Python."),
+    Error(
+        "58P01", "undefined_file", "psycopg is not installed for the server's Python, or it or its libpq is too old."
+    ),
 )

@@ -27,6 +27,7 @@ APPLICATION_NAME = "pg_background"
 _CONNECT_TIMEOUT_S = 60
 _DESCRIPTORS_TO_CONNECT = 3  # at most, at a time: the socket, and files that libpq reads
 _MAX_PATH_BYTES = 1024
+_LIBPQ_WITH_CHUNKS = 170000  # rows come in chunks from this version on
 
 
 class Login(NamedTuple):
@@ -38,10 +39,10 @@ class Login(NamedTuple):
 
 
 def import_pq() -> ModuleType:
-    """psycopg.pq, from sys.path or from beside the extension, bound to its own libpq."""
+    """psycopg.pq, from beside the extension or from sys.path, bound to its own libpq."""
     folder = _bundled_folder()
-    if folder not in sys.path:
-        sys.path.append(folder)
+    # First, because a release's own psycopg may be too old; afterwards last, out of the way of others' modules.
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
     flags = sys.getdlopenflags()
     sys.setdlopenflags(os.RTLD_NOW | os.RTLD_LOCAL | os.RTLD_DEEPBIND)
     try:
@@ -50,12 +51,28 @@ def import_pq() -> ModuleType:
         raise background_error(
             "58P01",
             "the Python package psycopg is not installed for the server's Python",
-            detail=f"{error}. Looked in sys.path, which ends with {folder}.",
+            detail=f"{error}. Looked in {folder} and in sys.path.",
             hint='Run "python3 build.py install", which puts psycopg beside the extension.',
         ) from error
     finally:
         sys.setdlopenflags(flags)
+        sys.path.append(sys.path.pop(0))
+    if pq.version() < _LIBPQ_WITH_CHUNKS or not hasattr(pq.PGconn, "set_chunked_rows_mode"):
+        raise background_error(
+            "58P01",
+            "psycopg or its libpq is too old for background workers",
+            detail=f"This session has loaded {describe(pq)}. Needed are psycopg 3.2 and libpq 17.",
+            hint='Run "python3 build.py install", which puts both beside the extension. A function that imports another'
+            " psycopg must not come before the session's first background worker.",
+        )
     return pq
+
+
+def describe(pq: ModuleType) -> str:
+    """Which psycopg and libpq these are, and where they come from."""
+    psycopg = sys.modules["psycopg"]
+    version = getattr(psycopg, "__version__", "of an unknown version")
+    return f"psycopg {version} ({pq.__impl__}) with libpq {pq.version()}, from {psycopg.__file__}"
 
 
 def _bundled_folder() -> str:

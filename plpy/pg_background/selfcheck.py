@@ -10,7 +10,7 @@ from . import settings
 from .control import ROLE as SUPERVISOR_ROLE
 from .errors import ADMIN_SHUTDOWN, INTERNAL_ERROR, QUERY_CANCELED, BackgroundError, Report, background_error
 from .inheritance import startup_options
-from .loopback import Loopback, import_pq
+from .loopback import Loopback, describe, import_pq
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _EXECUTOR_ROLE = "pgbackground_role"
 _LOGIN_OPTIONS = {b"role": b"none", b"search_path": b"pg_catalog", b"statement_timeout": b"0"}
-_LIBPQ_WITH_CHUNKS = 170000  # rows come in chunks from this version on
 _SEE_LOG = "See the server log."
 
 
@@ -83,18 +82,7 @@ class SelfCheck:
         return f"PostgreSQL {self._server.required_setting('server_version')}, Python {python}"
 
     def _client_library(self) -> str:
-        pq = import_pq()
-        import psycopg
-
-        found = f"psycopg {psycopg.__version__} ({pq.__impl__}) with libpq {pq.version()}, from {psycopg.__file__}"
-        if pq.version() < _LIBPQ_WITH_CHUNKS:
-            raise background_error(
-                "58P01",
-                "libpq is too old",
-                detail=found,
-                hint='Run "python3 build.py install", which puts psycopg with libpq 17 or later beside the extension.',
-            )
-        return found
+        return describe(import_pq())
 
     def _roles(self) -> str:
         roles = self._server.query(
