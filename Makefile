@@ -13,7 +13,7 @@ export PG_CONFIG
 PG_CONFIG_ARG := --pg-config "$(PG_CONFIG)"
 endif
 
-.PHONY: help bootstrap render check install test installcheck deb rpm dist test-packages lint format bench demo clean distclean
+.PHONY: help bootstrap render check install test test-matrix installcheck deb rpm dist test-packages lint format bench demo clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -46,6 +46,10 @@ deb rpm dist: check
 	$(PYTHON) build.py $@
 
 # Installs them in Debian systems that it bootstraps: as root, with debootstrap, lintian and rpm.
+# PostgreSQL 17 and 18 in bootstrapped Debian systems; MATRIX_ARGS=--ci is the part that CI runs.
+test-matrix: check
+	$(SUDO) $(PYTHON) tests/matrix.py $(MATRIX_ARGS)
+
 test-packages: check
 	$(SUDO) $(PYTHON) -m pytest packages
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import psycopg
 import pytest
@@ -262,6 +262,11 @@ def _scratch_folder() -> Path:
 class Cluster:
     """One server, ours or a running one; `setup` is its name ("trust", …, "running")."""
 
+    settings_for_all: ClassVar[Mapping[str, str]] = {}
+    """Settings of every server that is started here."""
+    encoding: ClassVar[str] = "UTF8"
+    """Of databases that are made from the template."""
+
     def __init__(
         self,
         setup: str,
@@ -288,7 +293,7 @@ class Cluster:
             executor = _make_executor(chosen, folder)
             try:
                 executor.init_directory()
-                _configure(executor, chosen, settings or {})
+                _configure(executor, chosen, {**cls.settings_for_all, **(settings or {})})
                 executor.start()
             except ProcessExitedWithError as error:
                 log = Path(executor.logfile).read_text(errors="replace")
@@ -436,7 +441,8 @@ class Cluster:
                 pytest.exit(f"the server has no extension {', '.join(missing)}: run make install first", returncode=4)
             # Several xdist workers may share a running server: one at a time creates the roles.
             admin.execute("SELECT pg_catalog.pg_advisory_lock(8123, 1)")
-            admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+            create = "CREATE DATABASE {} TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C' ENCODING {}"
+            admin.execute(sql.SQL(create).format(sql.Identifier(name), sql.Literal(self.encoding)))
             with self.connect(name) as session:
                 for extension in EXTENSIONS:
                     session.execute(sql.SQL("CREATE EXTENSION {}").format(sql.Identifier(extension)))

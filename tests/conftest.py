@@ -56,6 +56,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="the set-up on which tests run that name none (default: trust)",
     )
     group.addoption(
+        "--encoding",
+        default="UTF8",
+        help="of the databases that tests work in (default: UTF8)",
+    )
+    group.addoption(
+        "--server-setting",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of every server that the suite starts; may be repeated",
+    )
+    group.addoption(
         "--dsn-of-running-server",
         default=os.environ.get("DSN_OF_RUNNING_SERVER"),
         metavar="CONNINFO",
@@ -67,6 +79,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "setups(*names): run the test once on each of these set-ups")
     config.addinivalue_line("markers", "local_server: needs a server started by the suite, on this machine")
     config.addinivalue_line("markers", "crashes_server: the test makes a backend crash on purpose")
+    given = [setting.partition("=") for setting in config.getoption("--server-setting")]
+    Cluster.settings_for_all = {name: text for name, _, text in given}
+    Cluster.encoding = config.getoption("--encoding")
     for name in [name for name in os.environ if name.startswith("PG") and name != "PG_CONFIG"]:
         if not name.startswith("PG_BACKGROUND"):
             del os.environ[name]

@@ -2,8 +2,8 @@
 """PostgreSQL 17 and 18 on a machine that has neither: scratch clusters in bootstrapped Debian systems.
 
 A *root* is a small Debian system in a cached folder: trixie for PostgreSQL 17, forky for 18. Servers run in
-there, tests talk to them from outside. Needs the OS user root, `debootstrap`, and an apt that is set up (the
-mirror is read from /etc/apt when a root is made). The folder is /var/cache/pg_background-roots unless the
+there, tests talk to them from outside. Needs the OS user root and an apt that is set up: a missing
+`debootstrap` is installed, the mirror is read from /etc/apt. The folder is /var/cache/pg_background-roots unless the
 environment variable PG_BACKGROUND_ROOTS names another one.
 
 Command line::
@@ -150,7 +150,7 @@ class Root:
 
     def run(self, *argv: str, user: str = "0:0", log: Path | None = None) -> str:
         """Run a command inside and return what it printed; RootError if it fails."""
-        return _run(self.command(argv, user=user), log=log, env=_environment())
+        return _run(self.command(argv, user=user), log=log, env=environment())
 
     def inside(self, path: Path) -> str:
         """A path outside, as it is called inside."""
@@ -243,7 +243,7 @@ def _conninfo_value(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """What commands inside a root get to see: nothing of the caller's locale or settings."""
     environment = {
         "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
@@ -409,7 +409,9 @@ def _bootstrap(root: Root) -> None:
 def _debootstrap(root: Root, log: Path) -> None:
     """Fill an empty folder with the smallest Debian system, in which no package starts a service."""
     if shutil.which("debootstrap") is None:
-        raise RootError("debootstrap is not installed: apt-get install debootstrap")
+        _say("installing debootstrap")
+        _run(["apt-get", "update"], env=environment())
+        _run(["apt-get", "install", "-y", "--no-install-recommends", "debootstrap"], env=environment())
     release = _ALL_RELEASES[root.version]
     log.write_text("")
     root.path.chmod(0o755)
@@ -422,7 +424,7 @@ def _debootstrap(root: Root, log: Path) -> None:
             f"/usr/share/debootstrap/scripts/{release.script}",
         ],
         log=log,
-        env=_environment(),
+        env=environment(),
     )
     _forbid_services(root)
 
