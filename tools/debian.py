@@ -109,11 +109,10 @@ def _build_extension(major: int) -> Path:
 
 
 def _psycopg_dependency() -> str:
-    """The release's psycopg with its C implementation where it is new enough, or the one that is built here."""
+    """The release's psycopg, its C implementation and libpq where they are new enough, or what is built here."""
     low = ".".join(map(str, installing.PSYCOPG_AT_LEAST))
-    return ", ".join(
-        f"{package} (>= {low}) | {PSYCOPG_PACKAGE}" for package in ("python3-psycopg", "python3-psycopg-c")
-    )
+    needed = {"python3-psycopg": low, "python3-psycopg-c": low, "libpq5": "17"}
+    return ", ".join(f"{package} (>= {version}) | {PSYCOPG_PACKAGE}" for package, version in needed.items())
 
 
 def _description() -> str:
