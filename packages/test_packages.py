@@ -72,6 +72,7 @@ def test_the_readmes_tour_runs_where_the_package_was_installed(server: Cluster) 
 
 
 def test_all_prerequisites_are_there_and_psycopg_is_the_expected_one(server: Cluster) -> None:
+    psql(server, "CREATE EXTENSION IF NOT EXISTS pg_background CASCADE;")
     question = "SELECT prerequisite, status, detail FROM pg_background_check();"
     rows = psql(server, f"\\pset format unaligned\n\\t\n{question}")
     assert "|failed|" not in rows, rows
