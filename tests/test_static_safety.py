@@ -60,6 +60,13 @@ def test_python_names_everything_with_its_schema(module: Path) -> None:
     assert sql_safety.unqualified_names_of_python(module.read_text("utf-8")) == []
 
 
+def test_the_document_names_tests_that_exist() -> None:
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text("utf-8")))
+    sources = "".join(path.read_text("utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 50
+    assert named - set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE)) == set()
+
+
 # --- the checks find what they look for -------------------------------------------------------------
 
 PLPGSQL = "CREATE FUNCTION f(a pg_catalog.int4) RETURNS SETOF pg_catalog.record LANGUAGE plpgsql AS $${}$$"
