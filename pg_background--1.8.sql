@@ -10953,7 +10953,7 @@ COMMENT ON FUNCTION pg_background_stats_v2() IS
 REVOKE ALL ON FUNCTION pg_background_progress(int4, text) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pg_background_progress(int4, text) TO pgbackground_role;
 COMMENT ON FUNCTION pg_background_progress(int4, text) IS
-    'Called by a worker''s own SQL: reports its progress in percent (clamped to 0..100) and a message, which other sessions see at once. Raises 0A000 outside of a worker, 22004 for a NULL pct.';
+    'Called by a worker''s own SQL: reports its progress in percent (clamped to 0..100) and a message, which other sessions see within 50 ms. Raises 0A000 outside of a worker, 22004 for a NULL pct.';
 
 REVOKE ALL ON FUNCTION pg_background_get_progress_v2(int4, int8) FROM PUBLIC;
 GRANT EXECUTE ON FUNCTION pg_background_get_progress_v2(int4, int8) TO pgbackground_role;

@@ -403,7 +403,7 @@ API: tuple[Function, ...] = (
         (Argument("pct", "int4"), Argument("msg", "text", "NULL")),
         "void",
         "Called by a worker's own SQL: reports its progress in percent (clamped to 0..100) and a message,"
-        " which other sessions see at once. Raises 0A000 outside of a worker, 22004 for a NULL pct.",
+        " which other sessions see within 50 ms. Raises 0A000 outside of a worker, 22004 for a NULL pct.",
         "v2",
         OBSERVE,
         strict=False,

@@ -26,6 +26,7 @@ def regress_server(cluster: Cluster) -> Iterator[Cluster]:
     cluster.drop_database(DATABASE)
 
 
+@pytest.mark.local_server
 def test_the_regression_test_passes(regress_server: Cluster) -> None:
     with regress_server.connect() as session:
         where = {"PGHOST": session.info.host, "PGPORT": str(session.info.port), "PGUSER": session.info.user}

@@ -96,6 +96,14 @@ def _refuse_foreign(path: Path, force: bool) -> None:
     print(f"replaces {path} of another extension (FORCE=1)")
 
 
+def refuse_packaged(server: Server) -> None:
+    """Leave what Debian's package manager has installed to it; the link is only in the packages of tools/debian.py."""
+    link = server.sharedir / "pg_background"
+    if link.is_symlink():
+        package = f"postgresql-{server.major}-pg-background"
+        raise BuildError(f"{link} belongs to the package {package}: upgrade that one, or apt-get remove it first")
+
+
 def install_extension(server: Server, force: bool) -> None:
     """Copy the control file and the script into sharedir/extension."""
     folder = server.sharedir / "extension"
@@ -196,6 +204,7 @@ def install(pg_config: str | None) -> None:
     for folder in (server.sharedir / "extension", server.sharedir):
         if not os.access(folder, os.W_OK):
             raise BuildError(f"no right to write into {folder}: run as root (sudo make install)")
+    refuse_packaged(server)
     install_extension(server, os.environ.get("FORCE") == "1")
     install_psycopg(server, python)
     print("done:       CREATE EXTENSION pg_background CASCADE;")

@@ -233,6 +233,13 @@ def test_files_of_the_c_extension_are_replaced_only_by_force(server: installing.
     assert "module_pathname" not in foreign.read_text()
 
 
+def test_what_a_package_has_installed_is_left_to_the_package_manager(server: installing.Server) -> None:
+    installing.refuse_packaged(server)
+    (server.sharedir / "pg_background").symlink_to("../../../lib/pg-background")
+    with pytest.raises(BuildError, match="belongs to the package postgresql-16-pg-background"):
+        installing.refuse_packaged(server)
+
+
 @pytest.mark.parametrize(
     ("version", "binary", "accepted"),
     [
