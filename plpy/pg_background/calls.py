@@ -6,7 +6,6 @@ PL/pgSQL, so that no traceback of Python's shows; see docs/architecture.md, "Err
 
 from __future__ import annotations
 
-import errno
 import functools
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,12 @@ from .backlog import Rows
 from .deadlock import Watch
 from .errors import (
     FEATURE_NOT_SUPPORTED,
-    INSUFFICIENT_RESOURCES,
     UNDEFINED_OBJECT,
     BackgroundError,
     Report,
     as_json,
     background_error,
+    report_of_system_call,
 )
 from .registry import Registry
 from .results import rows_query
@@ -95,12 +94,8 @@ class Runtime:
         report = self._server.report_of(error)
         if report is not None:
             return report
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            return Report(
-                INSUFFICIENT_RESOURCES,
-                "out of file descriptors for background workers",
-                hint="Release workers, or raise the server's limit on open files (ulimit -n, LimitNOFILE).",
-            )
+        if isinstance(error, OSError):
+            return report_of_system_call(error)
         raise error
 
     # --- starting ---

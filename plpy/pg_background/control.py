@@ -440,7 +440,12 @@ class Control:
                 report = report_of(result, self._server)
                 if report.sqlstate in _START_ANEW:
                     return False
-                raise BackgroundError(report)
+                raise background_error(
+                    report.sqlstate,
+                    "the supervisor of background workers could not start",
+                    detail=report.message,
+                    hint="See the server log.",
+                )
             return True
         except BackgroundError:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import asdict, dataclass
 
@@ -16,13 +17,18 @@ SYNTAX_ERROR = "42601"
 UNDEFINED_OBJECT = "42704"
 DATATYPE_MISMATCH = "42804"
 INSUFFICIENT_RESOURCES = "53000"
+DISK_FULL = "53100"
+OUT_OF_MEMORY = "53200"
 TOO_MANY_CONNECTIONS = "53300"
 CONFIGURATION_LIMIT_EXCEEDED = "53400"
 OBJECT_NOT_IN_PREREQUISITE_STATE = "55000"
 QUERY_CANCELED = "57014"
 ADMIN_SHUTDOWN = "57P01"
 DEADLOCK_DETECTED = "40P01"
+IO_ERROR = "58030"
 INTERNAL_ERROR = "XX000"
+
+_RAN_OUT = {errno.ENOSPC: DISK_FULL, errno.EDQUOT: DISK_FULL, errno.ENOMEM: OUT_OF_MEMORY}
 
 # For the server's JSON functions. Characters as they are: SQL_ASCII databases know no \u escapes.
 as_json = json.JSONEncoder(ensure_ascii=False).encode
@@ -66,3 +72,19 @@ def background_error(
 ) -> BackgroundError:
     """A BackgroundError of the extension's own."""
     return BackgroundError(Report(sqlstate, message, detail, hint))
+
+
+def report_of_system_call(error: OSError) -> Report:
+    """What the operating system refused: out of something, or 58030."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return Report(
+            INSUFFICIENT_RESOURCES,
+            "out of file descriptors for background workers",
+            hint="Release workers, or raise the server's limit on open files (ulimit -n, LimitNOFILE).",
+        )
+    reason = error.strerror or str(error)
+    if error.filename is None:
+        message = f"a system call for background workers failed: {reason}"
+    else:
+        message = f'could not use file "{error.filename}" for background workers: {reason}'
+    return Report(_RAN_OUT.get(error.errno or 0, IO_ERROR), message)

@@ -96,6 +96,8 @@ class OnCommit:
         except BaseException:
             batch.unresolved.discard(key)
             batch.dirty = True  # its session was to have settings that were not sent
+            if not batch.unresolved and self._batches.get(session.pid) is batch:
+                self._let_go(batch)
             raise
         return session.pid, key
 

@@ -321,6 +321,8 @@ class WorkerSession:
             return os.write(self.connection.socket, packet)
         except BlockingIOError:
             return 0
+        except ConnectionError as error:
+            raise BackgroundError(backend_died(self.pid, error.strerror)) from error
 
     def abandon(self) -> None:
         """Leave the connection to the supervisor, which has a duplicate: libpq would tell the server of its end."""
