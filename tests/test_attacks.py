@@ -269,6 +269,25 @@ def test_the_caller_of_a_definer_function_reaches_nothing_of_its_owner(
     conn.execute(sql.SQL("GRANT pgbackground_role TO {}").format(name))
 
 
+def test_a_definer_functions_job_after_the_commit_is_its_owners(
+    bob: Session, alice: Session, conn: Session, fresh_database: str
+) -> None:
+    conn.execute(
+        "CREATE SCHEMA definers; GRANT USAGE, CREATE ON SCHEMA definers TO PUBLIC;"
+        "CREATE TABLE definers.ran (who text); GRANT INSERT ON definers.ran TO PUBLIC"
+    )
+    bob.execute(
+        "CREATE FUNCTION definers.later() RETURNS pg_background_handle LANGUAGE sql SECURITY DEFINER"
+        " SET search_path = public, pg_temp AS $$ SELECT pg_background_submit_on_commit_v2("
+        "'INSERT INTO definers.ran SELECT CURRENT_USER || ''|'' || SESSION_USER') $$"
+    )
+    handle = alice.rows("SELECT pid, cookie FROM definers.later()")[0]
+    wait(bob, Handle(*handle))
+    assert conn.rows("TABLE definers.ran") == [(f"{bob.info.user}|{bob.info.user}",)]
+    with sqlstate("42501"):
+        wait(alice, Handle(*handle))
+
+
 # --- internal functions, called by hand ---------------------------------------------------------------
 
 NASTY: dict[str, list[Any]] = {
