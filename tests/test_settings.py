@@ -40,6 +40,26 @@ def test_show_prints_the_defaults_after_the_first_call(connect: Callable[..., Se
     assert {name: session.value(f"SHOW {name}") for name in DEFAULTS} == DEFAULTS
 
 
+_AS_THE_C_EXTENSION = """
+DO LANGUAGE plpython3u $$
+import ctypes
+GD["variable"] = variable = ctypes.c_int()
+GD["name"] = name = ctypes.create_string_buffer(b"pg_background.max_workers")
+number = ctypes.c_int
+ctypes.PyDLL(None).DefineCustomIntVariable(
+    name, name, None, ctypes.byref(variable), number(16), number(1), number(1000), number(6), number(0),
+    None, None, None)
+$$
+"""
+
+
+def test_a_setting_that_a_library_has_defined_is_left_alone(conn: Session) -> None:
+    conn.execute(_AS_THE_C_EXTENSION)
+    conn.execute("SET pg_background.max_workers = 2")
+    assert _max_workers(conn) == 2
+    assert run(conn, "SELECT 1", "n int4") == [(1,)]
+
+
 @pytest.mark.parametrize(
     ("text", "number"), [("1", 1), ("1000", 1000), (" 7 ", 7), ("0x10", 16), ("", 16), ("2.4", 2), ("1e2", 100)]
 )

@@ -63,8 +63,8 @@ class Runtime:
     """The extension in one session."""
 
     def __init__(self, plpy: Any, memory: dict[str, Any], digest: str, read_source: Callable[[str], str]) -> None:
-        settings.define(memory)
         self._server = Server(plpy)
+        settings.define(self._server, memory)
         self._registry = Registry(self._server, digest, read_source)
         self._configurations = settings.Configurations(self._server, output_settings.NAMES)
         self._reading: dict[int, Reading] = {}

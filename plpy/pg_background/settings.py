@@ -126,8 +126,11 @@ class Configurations:
         return self._last
 
 
-def define(memory: dict[str, object]) -> None:
+def define(server: Server, memory: dict[str, object]) -> None:
     """Make the settings known to this backend, so that SHOW and RESET know their defaults.
+
+    One that a library has defined is left to it: the C extension may still be loaded, and the server would raise an
+    error through ctypes.
 
     They stay text: the server does not check them, value() does. The server keeps pointers into `memory`, which
     must live as long as the backend; what is defined already in there is left alone.
@@ -136,7 +139,7 @@ def define(memory: dict[str, object]) -> None:
     assert isinstance(defined, dict)
     define_string = ctypes.PyDLL(None).DefineCustomStringVariable
     for definition in ALL:
-        if definition.name in defined:
+        if definition.name in defined or _is_defined(server, definition.name.encode()):
             continue
         strings = (definition.name.encode(), definition.description.encode(), definition.default.encode())
         variable = ctypes.c_char_p()
@@ -154,3 +157,8 @@ def define(memory: dict[str, object]) -> None:
             None,
             None,
         )
+
+
+def _is_defined(server: Server, name: bytes) -> bool:
+    """Whether some library has defined the setting."""
+    return server.setting_bytes(name) is not None and not server.is_placeholder(name)
