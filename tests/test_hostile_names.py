@@ -102,3 +102,34 @@ def test_types_columns_labels_and_texts_of_a_hostile_name(alice: Session, name: 
     pattern = name.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
     assert alice.value("SELECT pg_background_cancel_by_label_v2(%s, 5000)", (pattern,)) == 1
     assert alice.value("SELECT pg_background_detach_all_v2()") == 1
+
+
+ODD_SETTINGS = {
+    "search_path": "",
+    "standard_conforming_strings": "off",
+    "backslash_quote": "off",
+    "transform_null_equals": "on",
+    "array_nulls": "off",
+    "quote_all_identifiers": "on",
+    "bytea_output": "escape",
+    "extra_float_digits": "-15",
+    "DateStyle": "ISO, DMY",
+    "TimeZone": "Pacific/Apia",
+    "row_security": "off",
+    "plpgsql.extra_errors": "all",
+    "plan_cache_mode": "force_generic_plan",
+    "jit_above_cost": "0",
+    "enable_seqscan": "off",
+    "work_mem": "64kB",
+    "check_function_bodies": "off",
+    "default_transaction_isolation": "serializable",
+    "default_transaction_deferrable": "on",
+    "default_toast_compression": "pglz",
+    "client_min_messages": "error",
+    "exit_on_error": "off",
+}
+
+
+def test_odd_settings_of_the_launcher_bend_nothing(connect: Connect, role: NewRole) -> None:
+    """All that an ordinary role may set and that the server's parser, planner or output go by."""
+    call_everything(connect(role("odd"), **ODD_SETTINGS))
