@@ -168,7 +168,27 @@ def test_jobs_after_a_commit(session: Session, text: str) -> None:
     assert session.rows("SELECT t FROM kept") == [(text,)]
 
 
-def test_roles_and_schemas_of_such_names(
+def test_the_extension_in_a_schema_of_such_a_name(
+    cluster: Cluster, conn: Session, connect: Callable[..., Session], current_database: str, text: str
+) -> None:
+    admin = connect(parameters={"client_encoding": "UTF8"})
+    admin.execute(f"CREATE SCHEMA {_name(text)}; ALTER EXTENSION pg_background SET SCHEMA {_name(text)}")
+    try:
+        user = connect(parameters={"client_encoding": "UTF8"})
+        user.execute(f"SET search_path = {_name(text)}")
+        call = "SELECT pid, cookie FROM pg_background_submit_v2('SELECT 1')"
+        jobs = [Handle(*user.rows(call)[0])]
+        with user.transaction():
+            jobs.append(Handle(*user.rows(call.replace("submit_v2", "submit_on_commit_v2"))[0]))
+        for job in jobs:
+            user.execute("SELECT pg_background_wait_v2(%s, %s)", job)
+        stopped = "SELECT count(*) FROM pg_background_activity WHERE (pid, cookie) = (%s, %s) AND state = 'stopped'"
+        wait_until(lambda: all(user.rows(stopped, job) == [(1,)] for job in jobs), what="the jobs in the view")
+    finally:
+        admin.execute("ALTER EXTENSION pg_background SET SCHEMA public")
+
+
+def test_roles_of_such_names(
     conn: Session, connect: Callable[..., Session], role: Callable[..., Role], text: str
 ) -> None:
     admin = connect(parameters={"client_encoding": "UTF8"})
@@ -225,3 +245,26 @@ def test_sql_that_is_not_utf8_is_refused(session: Session) -> None:
     """PL/Python's strings are Unicode: the server refuses the argument before anything of ours runs."""
     with pytest.raises(psycopg.errors.CharacterNotInRepertoire):
         session.execute("SELECT pg_background_launch_v2(E'SELECT ''\\374''')")
+
+
+@pytest.mark.parametrize("encoding", ["UTF8", "LATIN1"], indirect=True)
+def test_messages_in_another_language(
+    conn: Session, connect: Callable[..., Session], role: Callable[..., Role], current_database: str
+) -> None:
+    try:
+        conn.execute(f"ALTER DATABASE {current_database} SET lc_messages = 'de_DE.UTF-8'")
+    except psycopg.errors.InvalidParameterValue:
+        pytest.skip("this system has no locale de_DE.UTF-8; those of tests/matrix.py have")
+    session = connect(role("alice"), parameters={"client_encoding": "UTF8"})
+    message = "ung\u00fcltige Eingabesyntax f\u00fcr Typ integer: \u00bbx\u00ab"
+    with sqlstate("22P02", match=message):
+        run(session, "SELECT 'x'::int")
+    job = _submit(session, "SELECT 'x'::int")
+    wait(session, job)
+    assert session.rows("SELECT error_message FROM pg_background_outcome_v2(%s, %s)", job) == [(message,)]
+    wait_until(lambda: session.rows(_ACTIVITY, job)[0][3] == message, what="the message in the view")
+    # What the extension concludes from a message must not depend on its language.
+    job = _submit(session, "SELECT pg_sleep(3600)")
+    session.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 10000)", job)
+    assert session.rows("SELECT state, sqlstate FROM pg_background_outcome_v2(%s, %s)", job) == [("canceled", "57014")]
+    conn.execute(f"ALTER DATABASE {current_database} RESET lc_messages")

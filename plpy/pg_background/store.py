@@ -93,7 +93,7 @@ class Store:
     def _prepare(self) -> None:
         plpy = self._plpy
         schema = plpy.execute(
-            "SELECT pg_catalog.quote_ident(n.nspname) AS name"
+            "SELECT n.nspname::pg_catalog.text AS name"
             " FROM pg_catalog.pg_extension e"
             " JOIN pg_catalog.pg_depend d"
             "   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid"
@@ -104,6 +104,7 @@ class Store:
             " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
             f" AND c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
         )[0]["name"]
+        schema = self._quoted(schema)
         name = f"{schema}.{TABLE}"
         columns = ", ".join(COLUMNS)
         updates = ", ".join(f"{column} = EXCLUDED.{column}" for column in COLUMNS[1:])
@@ -136,6 +137,14 @@ class Store:
             f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.made_at OPERATOR(pg_catalog.<)"
             " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
         )
+
+    def _quoted(self, name: str) -> str:
+        """A name for a statement, in plain ASCII where the server would take PL/Python's UTF-8 for its own encoding."""
+        name = name.replace('"', '""')
+        if name.isascii() or self._encoding in ("UTF8", "SQL_ASCII"):
+            return f'"{name}"'
+        name = name.replace("\\", "\\\\")
+        return 'U&"%s"' % "".join(char if char.isascii() else "\\+%06x" % ord(char) for char in name)
 
     def decode(self, text: bytes) -> str:
         """Bytes of the database's encoding; what is no text of it is replaced, never an error."""
