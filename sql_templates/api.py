@@ -497,6 +497,7 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_open_result", ("int4", "int8"), "waits for rows; reply: the query that delivers them."),
     Internal("_pg_background_batches", ("int4",), "batches of an opened result, a literal for each column."),
     Internal("_pg_background_close_result", ("int4",), "ends the reading of a result; reply: nothing, or its error."),
+    Internal("_pg_background_taken", ("int4",), "lets a worker go whose whole result the calling query holds."),
     Internal("_pg_background_wait", ("int4", "int8", "int4"), "waits for a worker; reply: whether it has ended."),
     Internal("_pg_background_detach", ("int4", "int8"), "stops tracking a worker."),
     Internal("_pg_background_cancel", ("int4", "int8", "int4"), "asks a worker to stop."),

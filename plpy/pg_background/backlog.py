@@ -59,6 +59,13 @@ class Backlog:
             return item
         return self._unspill() if self._in_file else None
 
+    def only_rows(self) -> Rows | None:
+        """The one batch of rows, if there is just one beside the notices, and nothing went to the file."""
+        if self._in_file:
+            return None
+        batches = [item for item in self._memory if isinstance(item, Rows)]
+        return batches[0] if len(batches) == 1 else None
+
     def __bool__(self) -> bool:
         return bool(self._memory or self._in_file)
 

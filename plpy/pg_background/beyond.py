@@ -247,10 +247,12 @@ class Beyond:
         worker, query = self._runtime.opened(pid, cookie)
         if query.startswith("="):
             return query
+        whole = "." if query.startswith(".") else ""
+        query = query[len(whole) :]
         if row_type is None:
             names = ", ".join(map(_quoted, _distinct(self._names_of(worker))))
-            return f"SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
-        return self._with_domains(worker.columns or (), query, row_type)
+            return f"{whole}SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
+        return whole + self._with_domains(worker.columns or (), query, row_type)
 
     def _names_of(self, worker: Worker) -> Iterable[str]:
         return [self._server.decode(column.name) for column in worker.columns or ()]

@@ -24,7 +24,7 @@ from .errors import (
     report_of_system_call,
 )
 from .registry import Registry
-from .results import rows_query
+from .results import rows_query, streamed, written_out
 from .server import Server
 from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
@@ -149,7 +149,10 @@ class Runtime:
 
     @reply
     def open_result(self, pid: int, cookie: int | None) -> str:
-        """Wait for the first rows; the query that delivers them, which calls `batches`, or "=" and command tags."""
+        """Wait for the first rows; the query that delivers them, which calls `batches`, before close_result.
+
+        With a "." before it, it calls `taken` and needs no close_result; with "=" and command tags the caller does.
+        """
         return self.opened(pid, cookie)[1]
 
     def opened(self, pid: int, cookie: int | None) -> tuple[Worker, str]:
@@ -192,10 +195,22 @@ class Runtime:
         worker.dependence = self._reader_settings.dependence(columns)
         written = worker.written_under()
         wanted = output_settings.wanted_by_reader(worker.dependence, written)
+        if not worker.dependence.settings and self._reader_settings.hold(wanted):
+            whole = self._whole_result(worker)
+            if whole is not None:
+                taken = f"FROM {{schema}}._pg_background_taken({worker.pid}) AS taken"
+                return "." + rows_query(columns, names, whole, taken)
         worker.reader_before = self._reader_settings.take_on(wanted)
         batches = f"{{schema}}._pg_background_batches({worker.pid})"
-        zoned = output_settings.reads_zones(columns, written)
-        return rows_query(columns, names, batches, self._server.encoding, zoned=zoned)
+        literals, source = streamed(batches, columns, self._server.encoding)
+        return rows_query(columns, names, literals, source, zoned=output_settings.reads_zones(columns, written))
+
+    def _whole_result(self, worker: Worker) -> list[str] | None:
+        """The literals of a small result that is there to its end; None for any other."""
+        if worker.state is not State.STOPPED or worker.problem is not None:
+            return None
+        rows = worker.backlog.only_rows()
+        return None if rows is None else written_out(rows, self._server.encoding)
 
     def batches(self, pid: int) -> Iterator[list[bytes]]:
         """The rows of an opened result, a batch at a time, each a literal for every column."""
@@ -234,12 +249,8 @@ class Runtime:
     def close_result(self, pid: int) -> str:
         """Let the worker go after its rows were read; its error, if it had one."""
         reading = self._reading.pop(pid, None)
-        if reading is None:  # command tags: there were no rows to read
-            worker = self._registry.find(pid, None)
-            if worker.command_tags is None:
-                raise background_error(UNDEFINED_OBJECT, f"no result of PID {pid} is being read")
-            self._finish(worker)
-            return ""
+        if reading is None:
+            raise background_error(UNDEFINED_OBJECT, f"no result of PID {pid} is being read")
         try:
             self._registry.require_membership(reading.worker.role_oid, pid)
         finally:
@@ -247,6 +258,12 @@ class Runtime:
             self._registry.release(reading.worker)
         if reading.error is not None:
             raise BackgroundError(reading.error)
+        return ""
+
+    @reply
+    def taken(self, pid: int) -> str:
+        """Let an opened worker go whose result the caller has got whole."""
+        self._finish(self._registry.find(pid, None))
         return ""
 
     def _finish(self, worker: Worker) -> None:

@@ -145,6 +145,10 @@ class ReaderSettings:
                 self._built_in_parts[root] = frozenset(parts)
         return {root: self._built_in_parts.get(root) or frozenset(found[root]) for root in roots}
 
+    def hold(self, wanted: Mapping[str, str]) -> bool:
+        """Whether these are this session's already."""
+        return all(self._server.required_setting(name) == value for name, value in wanted.items())
+
     def take_on(self, wanted: Mapping[str, str]) -> dict[str, str]:
         """Set these for the rest of the transaction; what was there before, to be put back."""
         before = {name: self._server.required_setting(name) for name in wanted}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,6 +51,9 @@ PLAIN_TYPES = frozenset(
 
 # A batch beyond this is halved: reading it takes several times its size in memory.
 _BIG_BATCH_BYTES = 8 * 1024 * 1024
+
+# A result that is there whole and takes no more than this becomes part of the query's text.
+_WRITTEN_OUT_BYTES = 4096
 
 _CONTROL_CHARACTERS = re.compile(rb"[\x01-\x1f]")
 
@@ -334,27 +337,47 @@ _ZONED = """CASE WHEN r.c{n} IS NULL THEN NULL
     ) END"""
 
 
+def streamed(batches: str, columns: tuple[Column, ...], encoding: str) -> tuple[list[str], str]:
+    """The columns' literals, as SQL, and where they come from: a call that returns SETOF bytea[]."""
+    places = range(1, len(columns) + 1)
+    literals = [f"pg_catalog.convert_from(s.b[{place}], '{encoding}')" for place in places]
+    return literals, f"FROM (SELECT {batches} AS b OFFSET 0) AS s"
+
+
+def written_out(batch: Rows, encoding: str) -> list[str] | None:
+    """The literals of a batch that fits into the query's text; None where one is too long, or no text for certain."""
+    if batch.size() > _WRITTEN_OUT_BYTES:
+        return None
+    try:
+        texts = [column.decode("utf-8" if encoding == "UTF8" else "ascii") for column in batch.columns]
+    except UnicodeDecodeError:
+        return None
+    return [_literal(text) for text in texts]
+
+
+def _literal(text: str) -> str:
+    """A string constant under any settings, and without "{schema}", which stands for something else in the query."""
+    escaped = text.replace("\\", "\\\\").replace("'", "''").replace("{schema}", "\\x7bschema}")
+    return f"E'{escaped}'"
+
+
 def rows_query(
     columns: tuple[Column, ...],
     names: dict[tuple[int, int], _TypeName],
-    batches: str,
-    encoding: str,
+    literals: Sequence[str],
+    source: str,
     *,
     zoned: bool = False,
 ) -> str:
-    """The query that turns what `batches` (a call that returns SETOF bytea[]) delivers into typed rows.
+    """The query that turns literals, one for each column of a batch of rows, into typed rows.
 
-    zoned: a timestamptz comes with the abbreviation of its time zone.
+    source: its FROM clause. zoned: a timestamptz comes with the abbreviation of its time zone.
     """
-    places = range(1, len(columns) + 1)
-    calls = [
-        _rows_of(column, names, f"pg_catalog.convert_from(s.b[{place}], '{encoding}')", zoned=zoned)
-        for place, column in zip(places, columns)
-    ]
-    source = f"FROM (SELECT {batches} AS b OFFSET 0) AS s"
+    calls = [_rows_of(column, names, literal, zoned=zoned) for column, literal in zip(columns, literals)]
     any_records = any(column.style is Style.RECORDS for column in columns)
     if not zoned and not any_records:
         return f"SELECT {', '.join(call + _cast(column, names) for call, column in zip(calls, columns))} {source}"
+    places = range(1, len(columns) + 1)
     if any_records:
         aliases = ", ".join(f"c{place}" for place in places)
         rows = f"{source}, LATERAL ROWS FROM ({', '.join(calls)}) AS r({aliases})"

@@ -16,16 +16,15 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
-from datetime import datetime, timezone
 from typing import Any, Callable
 
 from . import messages, wire
 from .deferral import Deferred, Queue, packet_from
-from .process import Process, process_start
-from .store import ENDS, KEY, MAX_ROWS, Row, Store
+from .ledger import Ledger
+from .outcomes import canceled_before, drained_answer, lost_connection, never_ran, outcome_of, rolled_back, timestamp
+from .store import ENDS, KEY, Row, Store
+from .supervised import WINDOW_BYTES, Channel, Job, Link
 
-_FLUSH_S = 0.01  # rows wait for their batch at most so long
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
 _FIRST_LINK_S = 2.0
@@ -38,104 +37,16 @@ _PRUNE_S = 60.0
 # A busy one makes room after this, or so many rows: its statistics reach autovacuum only at its end.
 _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
-_RETRY_S = 1.0  # a table that could not be written is tried again after this
 _MAX_EVENTS = 1 << 16
 # Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
 # cost the sender more than to send it.
 _REST_S = 0.002
 _REPORTS_AT_ONCE = 1000
-_WINDOW_BYTES = 1 << 16
 _MAX_WINDOW_BYTES = 1 << 24
 _TAIL_BYTES = 1 << 17
-_BATCH_ROWS = 1000
-_CLEAN_UP_TAG = b"DISCARD ALL"  # of the first answer that is not the job's
 _REMEMBERED = 2000  # finished jobs that questions find in memory
-# Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
-_PASSING = ("53", "55", "57", "58", "40")
-# The table is not where it was: dropped, moved to another schema, or that schema is closed to us.
-_GONE = ("42P01", "42501", "3F000", "42703", "42704", "XX000")
-
-
 # What sessions tell of launched jobs.
 _NEEDS_NO_ANSWER = frozenset((messages.JOB, messages.FINISHED))
-
-
-class Link:
-    """The control connection of a session, or of a worker that reports its progress."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.pid = messages.peer_pid(connection)
-        self.process_start = process_start(self.pid)
-        self.outbox: deque[list[Any]] = deque()
-        self.channels: set[int] = set()  # pids of workers
-        self.closed = False
-        self.may_rest = False
-        self.moved_on = False
-        self.reports = False  # a worker's, for its progress
-        self.packets: list[bytes] = []  # reports that have not been looked at
-        self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told
-        self.waits_for: int | None = None  # pid of the worker whose end the session waits for
-
-
-class Job:
-    """One job: its row, and who waits for its end."""
-
-    def __init__(self, row: Row, extras: Mapping[str, Any]) -> None:
-        clean_ups = int(extras.get("clean_ups", 0))
-        self.row = row
-        self.started = float(extras.get("started", 0))  # time.monotonic() of the session, before it sent the job
-        self.tags_after = 1 if extras.get("probe") else 0
-        self.tags_of_commit: int | None = extras.get("tags_of_commit")
-        self.groups_after = clean_ups
-        self.waiters: list[tuple[Link, int]] = []
-        self.canceled = bool(extras.get("canceled"))
-        self.timed_out = False
-        self.kill_at: float | None = extras.get("terminate_at")  # of time.monotonic()
-        self.connection_kept = clean_ups > 0
-
-    @property
-    def running(self) -> bool:
-        """Whether it has not ended, as far as is known."""
-        return bool(self.row["state"] == "running")
-
-
-class Channel:
-    """A duplicate of a worker's socket."""
-
-    def __init__(self, pid: int, start: int | None, connection: socket.socket, link: Link | None) -> None:
-        self.pid = pid
-        self.connection = connection
-        self.link = link
-        self.process = Process(pid, start)
-        self.job: Job | None = None
-        self.previous: Job | None = None
-        self.reads = False  # a submitted job: read message by message
-        self.drains = False  # nobody else reads it any more: read to the end of the connection
-        self.queue: Queue[Job] | None = None  # jobs that wait for a commit
-        self.writing = False  # the session has not sent the whole job yet
-        self.farewell_due = False  # the end of the connection is to be queued behind the job
-        self.answer = wire.Answer()
-        self.answers_left = 0
-        self.unclean = False  # an answer to the clean-up was an error
-        self.skip = 0
-        self.window = _WINDOW_BYTES
-        self.tail = b""
-
-    @property
-    def works(self) -> bool:
-        """Whether something is still to come."""
-        runs = self.job is not None and self.job.running
-        return self.drains or runs or (self.queue is not None and self.queue.is_busy)
-
-    @property
-    def is_between_jobs(self) -> bool:
-        """Whether all of a submitted job has been read.
-
-        An answer that lies there by now is the next job's, of which its session may not have told yet. A channel that
-        is in line twice, for arrivals in quick succession, must not lose it.
-        """
-        return self.reads and not self.drains and self.link is not None and not self.answers_left
 
 
 class Supervisor:
@@ -151,7 +62,7 @@ class Supervisor:
         handle_interrupts: Callable[[], bool],
         in_transaction: Callable[[int], bool],
     ) -> None:
-        self._store: Store | None = store  # None when the table has gone
+        self._ledger = Ledger(store, path, self._make_room)
         self._listener: socket.socket | None = listener
         self._lock_fd = lock_fd
         self._path = path
@@ -165,27 +76,21 @@ class Supervisor:
         self._ready: deque[Channel] = deque()
         self._jobs: dict[int, Job] = {}  # by key
         self._finished: deque[int] = deque()
-        self._dirty: dict[int, Row] = {}
         self._reporters: dict[int, Link] = {}  # by pid
         self._unheard: set[Link] = set()  # those whose reports came before it was known of which job
         self._resting: list[Link] = []  # those that are not polled for a moment
         self._wake_at = 0.0  # when they are again
-        self._unwritable = False  # at the last attempt
-        self._written = 0  # rows
-        self._inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
-        self._missing: set[int] = set()  # keys of those whose process had gone when last looked
         self._questions: list[Callable[[], None]] = []
         self._asked_too_early: list[Callable[[], None]] = []  # they are asked again
         self._deadlines: list[tuple[float, int]] = []
         now = time.monotonic()
-        self._flush_at = self._tick_at = now
+        self._tick_at = now
         self._prune_at = now + _PRUNE_S
         self._lost_at = now
         self._idle_since = now
         self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
         self._has_had_no_link = True
-        self._written_at = 0.0
         self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
@@ -211,7 +116,8 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until there is nothing left to do, or until the server wants this backend to end."""
-        self._inherit()
+        self._ledger.inherit()
+        self._sweep_markers()
         parent = os.getppid()
         while self._is_wanted():
             if os.getppid() != parent:
@@ -227,12 +133,11 @@ class Supervisor:
                 self._tick(now)
             if self._resting and now >= self._wake_at:
                 self._end_rest(now)
-            if self._dirty and (now >= self._flush_at or len(self._dirty) >= _BATCH_ROWS):
-                self._flush()
+            self._ledger.flush_if_due(now)
             if self._is_done(now) and not self._epoll.poll(0):
                 break
         self._end_drained()
-        self._flush()
+        self._ledger.flush()
         self._retire()
 
     def _is_wanted(self) -> bool:
@@ -246,7 +151,7 @@ class Supervisor:
         self._make_room()
         if self._sessions():
             self._end_drained()
-            self._flush()  # a successor asks the table what has become of a job
+            self._ledger.flush()  # a successor asks the table what has become of a job
             self._part_from_sessions()
         return self._waits_for_commits()
 
@@ -259,8 +164,7 @@ class Supervisor:
             return 0
         now = time.monotonic()
         wake_at = now + _SLICE_S
-        if self._dirty:
-            wake_at = min(wake_at, self._flush_at)
+        wake_at = self._ledger.next_flush(wake_at)
         if self._unwatched:
             wake_at = min(wake_at, self._tick_at)
         if self._resting:
@@ -364,12 +268,13 @@ class Supervisor:
             self._lost_at = now + _LOST_S
             self._questions += self._asked_too_early
             self._asked_too_early.clear()
-            if self._inherited:
-                self._look_after_inherited()
+            if self._ledger.inherited:
+                jobs = [(pid, channel.job) for pid, channel in self._channels.items()]
+                self._ledger.look_after_inherited((pid, job.row[KEY]) for pid, job in jobs if job is not None)
         if now >= self._prune_at:
             self._prune_at = now + _PRUNE_S
             self._prune()
-        due = now - self._born > _SUCCESSION_S or self._written > _SUCCESSION_ROWS
+        due = now - self._born > _SUCCESSION_S or self._ledger.written > _SUCCESSION_ROWS
         if due and self._links and not self._waits_for_commits():
             self._make_room()
 
@@ -379,14 +284,14 @@ class Supervisor:
             return False
         if not self._links and now - self._born < _FIRST_LINK_S and self._has_had_no_link:
             return False  # who started it is busy with its first worker
-        if not self._links and now < self._written_at + _LINGER_S:
+        if not self._links and now < self._ledger.written_at + _LINGER_S:
             return False
         if not self._links:
-            return not self._dirty or self._unwritable  # a table that is gone must not keep a database alive
-        if self._dirty or (self._listener is not None and now - self._idle_since <= _IDLE_S):
+            return self._ledger.may_be_left
+        if not self._ledger.is_clean or (self._listener is not None and now - self._idle_since <= _IDLE_S):
             return False  # without a listener, a successor serves whoever asks next
         self._part_from_sessions()
-        return not self._dirty
+        return self._ledger.is_clean
 
     def _sessions(self) -> list[Link]:
         return [link for link in self._links.values() if not link.reports]
@@ -501,7 +406,7 @@ class Supervisor:
             elif job is None or not job.running:
                 self._close_channel(channel)
             elif channel.writing:
-                self._end(job, _never_ran())
+                self._end(job, never_ran())
                 self._close_channel(channel)
             else:
                 channel.link = None
@@ -514,7 +419,7 @@ class Supervisor:
         job = channel.job
         if job is not None and job.running:
             self._jobs.pop(job.row[KEY], None)
-            self._dirty.pop(job.row[KEY], None)
+            self._ledger.forget(job.row[KEY])
         self._close_channel(channel)
 
     def _on_hello(self, link: Link, digest: str) -> None:
@@ -527,7 +432,7 @@ class Supervisor:
 
     def _on_moved_on(self, link: Link) -> None:
         """The session waits for the end of this link: only then does its new supervisor touch the workers."""
-        self._flush()
+        self._ledger.flush()
         link.moved_on = True
         self._close_link(link)
 
@@ -553,7 +458,7 @@ class Supervisor:
         channel.answer = wire.Answer()
         channel.answers_left = 1 + job.groups_after
         channel.unclean = False
-        self._mark_dirty(row)
+        self._ledger.note(row)
         timeout_ms = extras.get("timeout_ms", 0)
         if timeout_ms:
             heapq.heappush(self._deadlines, (job.started + timeout_ms / 1000, key))
@@ -581,9 +486,9 @@ class Supervisor:
 
     def _row_so_far(self, row: Row) -> Row:
         """A job that is handed over again: its progress, or its end, may be known already."""
-        self._inherited.pop(row[KEY], None)
+        self._ledger.inherited.pop(row[KEY], None)
         job = self._jobs.get(row[KEY])
-        known = job.row if job is not None else self._ask_store(lambda store: store.find_key(row[KEY]))
+        known = job.row if job is not None else self._ledger.ask(lambda store: store.find_key(row[KEY]))
         if known is None:
             return row
         if known["state"] != "running" and known["sqlstate"] != "08006":  # not lost after all
@@ -650,19 +555,12 @@ class Supervisor:
     def _on_finished(self, _: Link, key: int, changes: Row, at: float) -> None:
         job = self._jobs.get(key)
         if job is None:
-            self._record_end(key, changes)
+            self._ledger.record_end(key, changes)
             return
         channel = self._channels.get(job.row["pid"])
         if channel is not None and channel.job is job and not channel.reads:
             self._unwatch(channel)
         self._end(job, changes, at)
-
-    def _record_end(self, key: int, changes: Row) -> None:
-        """A job that a predecessor knew, and that ended before it could be handed over."""
-        row = self._inherited.pop(key, None) or self._ask_store(lambda store: store.find_key(key))
-        if row is not None and row["state"] == "running":
-            row.update({"finished_at": _now(), **changes})
-            self._mark_dirty(row)
 
     def _on_detach(self, link: Link, pid: int) -> None:
         channel = self._channels.get(pid)
@@ -682,7 +580,7 @@ class Supervisor:
         channel = self._channels.get(pid)
         if channel is not None and channel.link is link and not channel.drains:
             if channel.job is not None and channel.job.running:
-                self._end(channel.job, _lost_connection(channel.job))  # announced, but it could not be sent
+                self._end(channel.job, lost_connection(channel.job))  # announced, but it could not be sent
             self._close_channel(channel)
 
     def _close_channel(self, channel: Channel) -> None:
@@ -702,8 +600,8 @@ class Supervisor:
             self._hear_reports(reporter, time.monotonic() if at is None else at)
         job.row.update(changes)
         if job.row.get("finished_at") is None:
-            job.row["finished_at"] = _now()
-        self._mark_dirty(job.row)
+            job.row["finished_at"] = timestamp()
+        self._ledger.note(job.row)
         if not first:
             return
         for link, request in job.waiters:
@@ -713,11 +611,6 @@ class Supervisor:
         self._finished.append(job.row[KEY])
         while len(self._finished) > _REMEMBERED:
             self._jobs.pop(self._finished.popleft(), None)
-
-    def _mark_dirty(self, row: Row) -> None:
-        if not self._dirty:
-            self._flush_at = max(self._flush_at, time.monotonic() + _FLUSH_S)
-        self._dirty[row[KEY]] = row
 
     # --- worker sockets ---
 
@@ -741,44 +634,44 @@ class Supervisor:
         if job is None or not job.running:
             return False
         looked_at = time.monotonic()
-        window = _receive_from(channel.connection, _TAIL_BYTES * 2, socket.MSG_PEEK)
+        window = wire.receive_from(channel.connection, _TAIL_BYTES * 2, socket.MSG_PEEK)
         if window is None:
             return False
         if channel.link is not None:
             self._receive(channel.link)  # its session may have read that job's answer, and sent the next job
             if channel.job is not job or not job.running:
                 return False
-        ended = window.endswith(wire.READY_FOR_QUERY) or _hung_up(channel.connection)
+        ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
         answer = wire.last_answer(window, 0, job.tags_after) if ended else None
         if answer is not None:
-            self._end(job, self._outcome(job, answer), looked_at)
-        elif _hung_up(channel.connection):
-            self._end(job, _lost_connection(job))
+            self._end(job, self._outcome_of(job, answer), looked_at)
+        elif wire.hung_up(channel.connection):
+            self._end(job, lost_connection(job))
         return False
 
     def _read_answers(self, channel: Channel) -> bool:
         """Read a submitted job's answer, and those of the clean-up queued behind it."""
         self._send_outgoing(channel)
         if channel.skip:
-            thrown = _receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
+            thrown = wire.receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
             if not thrown:
                 return self._lost(channel, thrown)
             channel.skip -= len(thrown)
             return True
-        window = _receive_from(channel.connection, channel.window, socket.MSG_PEEK)
+        window = wire.receive_from(channel.connection, channel.window, socket.MSG_PEEK)
         if not window:
             return self._lost(channel, window)
         position = wire.parse(window, channel.answer)
         if channel.answer.complete:
             self._answered(channel)
         if position.consumed:
-            _receive_from(channel.connection, position.consumed, 0)
-            channel.window = _WINDOW_BYTES
+            wire.receive_from(channel.connection, position.consumed, 0)
+            channel.window = WINDOW_BYTES
         channel.skip = position.skip
         if not position.consumed and len(window) == channel.window and channel.window < _MAX_WINDOW_BYTES:
             channel.window *= 2
             return True
-        if not position.consumed and not position.skip and _has_no_more(channel.connection, len(window)):
+        if not position.consumed and not position.skip and wire.has_no_more(channel.connection, len(window)):
             # The last word of a backend that was terminated: no end of its answer follows.
             return self._lost(channel, b"")
         return bool(position.consumed) and channel.answers_left > 0
@@ -793,13 +686,13 @@ class Supervisor:
         job, link = channel.job, channel.link
         assert job is not None
         if job.running:
-            changes = self._outcome(job, answer)
+            changes = self._outcome_of(job, answer)
             self._tell_ended(channel, job, changes, None)
             return
         channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left:
             return
-        row = [] if channel.unclean or answer.row is None else [self._text(v) for v in wire.row_values(answer.row)]
+        row = [] if channel.unclean or answer.row is None else self._texts(answer.row)
         if link is not None:
             self._unwatch(channel)
             self._send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
@@ -823,11 +716,11 @@ class Supervisor:
         job = channel.job
         if job is not None and job.running:
             answer = channel.answer
-            changes = self._outcome(job, answer) if answer.error else _lost_connection(job)
+            changes = self._outcome_of(job, answer) if answer.error else lost_connection(job)
             self._tell_ended(channel, job, changes, [])
         if channel.queue is not None:
             for item in channel.queue.unstarted():
-                self._end_unsent(channel, item.job, _lost_connection(item.job))
+                self._end_unsent(channel, item.job, lost_connection(item.job))
         self._close_channel(channel)
         return False
 
@@ -849,7 +742,7 @@ class Supervisor:
         queue = channel.queue = channel.queue or Queue()
         queue.users = list(extras["users"])
         job = self._jobs[int(row[KEY])] = Job(row, extras)
-        self._mark_dirty(row)
+        self._ledger.note(row)
         idle = not queue.is_busy
         queue.waiting.append(Deferred(job, packet, int(extras["timeout_ms"])))
         if idle:
@@ -869,7 +762,7 @@ class Supervisor:
         """An earlier job has left the session in a state that could not be undone: nothing more may run in it."""
         message = "the session of an earlier job of the same transaction could not be cleaned for this one"
         for item in queue.unstarted():
-            changes = {"state": "error", "sqlstate": "55000", "error_message": message, "finished_at": _now()}
+            changes = {"state": "error", "sqlstate": "55000", "error_message": message, "finished_at": timestamp()}
             self._end_unsent(channel, item.job, changes)
         self._close_channel(channel)
 
@@ -887,17 +780,17 @@ class Supervisor:
             self._start_deferred(channel, queue, item)
             return
         if queue.error is not None:
-            self._end_unsent(channel, item.job, self._outcome(item.job, queue.error))
+            self._end_unsent(channel, item.job, self._outcome_of(item.job, queue.error))
             self._give_up(channel, queue)
             return
-        self._end_unsent(channel, item.job, _rolled_back())
+        self._end_unsent(channel, item.job, rolled_back())
         self._ask_next(channel, queue)
 
     def _start_deferred(self, channel: Channel, queue: Queue[Job], item: Deferred[Job]) -> None:
         job = item.job
         job.started = time.monotonic()
-        job.row["launched_at"] = _now()
-        self._mark_dirty(job.row)
+        job.row["launched_at"] = timestamp()
+        self._ledger.note(job.row)
         channel.previous, channel.job = channel.job, job
         channel.answer, channel.answers_left, channel.unclean = wire.Answer(), 1 + job.groups_after, False
         if item.timeout_ms:
@@ -938,7 +831,7 @@ class Supervisor:
 
     def _read_to_the_end(self, channel: Channel) -> bool:
         """Throw a stream away whose place in a message nobody knows; its last bytes tell the outcome."""
-        received = _receive_from(channel.connection, _WINDOW_BYTES, 0)
+        received = wire.receive_from(channel.connection, WINDOW_BYTES, 0)
         if received is None:
             return False
         if received:
@@ -946,8 +839,8 @@ class Supervisor:
             return True
         job = channel.job
         if job is not None and job.running:
-            answer = _drained_answer(channel, job)
-            changes = self._outcome(job, answer) if answer is not None else _lost_connection(job)
+            answer = drained_answer(channel, job)
+            changes = self._outcome_of(job, answer) if answer is not None else lost_connection(job)
             self._tell_ended(channel, job, changes, [])
         self._close_channel(channel)
         return False
@@ -957,36 +850,15 @@ class Supervisor:
         for channel in self._channels.values():
             job = channel.job
             if job is not None and job.running and channel.drains:
-                answer = _drained_answer(channel, job)
+                answer = drained_answer(channel, job)
                 if answer is not None:
-                    self._end(job, self._outcome(job, answer))
+                    self._end(job, self._outcome_of(job, answer))
 
-    def _outcome(self, job: Job, answer: wire.Answer) -> Row:
-        """The changes that an answer makes to its job's row."""
-        changes: Row = {"finished_at": _now()}
-        if answer.error is None:
-            tag = answer.tag or b""
-            changes.update(state="stopped", command_tag=self._text(tag), row_count=wire.row_count(tag))
-            return changes
-        fields = {name: self._text(value) for name, value in wire.error_fields(answer.error).items()}
-        interrupted = fields.get("sqlstate") in ("57014", "57P01")
-        if interrupted and job.tags_of_commit is not None and answer.tags >= job.tags_of_commit:
-            # The signal came during the commit, and became an error after it.
-            return self._outcome(job, answer.without_error())
-        ours = job.canceled and interrupted
-        if job.timed_out and not job.canceled and interrupted:
-            fields["sqlstate"] = "57014"
-            fields["message"] = messages.TIMED_OUT
-        changes.update(state="canceled" if ours else "error", sqlstate=fields.pop("sqlstate", None))
-        for name in ("message", "detail", "hint", "context"):
-            changes["error_" + name] = fields.pop(name, None)
-        changes.update(fields)
-        return changes
+    def _outcome_of(self, job: Job, answer: wire.Answer) -> Row:
+        return outcome_of(job, answer, self._ledger.decode)
 
-    def _text(self, value: bytes | None) -> str | None:
-        if value is None or self._store is None:
-            return None if value is None else value.decode("utf-8", "replace")
-        return self._store.decode(value)
+    def _texts(self, row: bytes) -> list[str | None]:
+        return [None if value is None else self._ledger.decode(value) for value in wire.row_values(row)]
 
     # --- cancel, timeouts ---
 
@@ -1003,7 +875,7 @@ class Supervisor:
                 self._send(channel.link, [messages.CANCELING, channel.pid, job.row[KEY], job.kill_at])
             self._stop(job, time.monotonic())
             if job.running and channel is not None and self._waiting_job(channel, job.row["cookie"]) is job:
-                self._end(job, _canceled_before())
+                self._end(job, canceled_before())
         self._send(link, [messages.REPLY, request, job is not None])
 
     def _answer_questions(self) -> None:
@@ -1066,17 +938,7 @@ class Supervisor:
     def _row(self, pid: int, cookie: int) -> Row | None:
         """What is known of a handle: from memory, or from the table when it ended long ago."""
         job = self._find(pid, cookie)
-        return job.row if job is not None else self._ask_store(lambda store: store.find(pid, cookie))
-
-    def _ask_store(self, question: Callable[[Store], Any]) -> Any:
-        """The table's answer, or None where it cannot be read."""
-        if self._store is None or self._store.is_out_of_reach():
-            return None
-        try:
-            return question(self._store)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
-            self._store_failed({}, error)
-            return None
+        return job.row if job is not None else self._ledger.ask(lambda store: store.find(pid, cookie))
 
     def _on_wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
         link.waiting[request] = None
@@ -1115,7 +977,7 @@ class Supervisor:
     def _tell_worker(self, link: Link, request: int) -> None:
         channel = self._channels.get(link.pid)
         known = channel is not None and channel.job is not None
-        link.reports = known or self._inherited_row(link.pid) is not None
+        link.reports = known or self._ledger.inherited_row(link.pid) is not None
         self._send(link, [messages.REPLY, request, link.reports])
         if link.reports and not link.closed:
             self._reporters[link.pid] = link
@@ -1130,129 +992,29 @@ class Supervisor:
         job = channel.job if channel is not None else None
         if channel is not None and job is not None and at < job.started:
             job = channel.previous
-        row = job.row if job is not None else self._inherited_row(pid)
+        row = job.row if job is not None else self._ledger.inherited_row(pid)
         if row is not None:
             row.update(progress_pct=percent, progress_msg=text)
-            self._mark_dirty(row)
-
-    def _inherited_row(self, pid: int) -> Row | None:
-        for row in self._inherited.values():
-            if row["pid"] == pid and row["process_start"] == process_start(pid):
-                return row
-        return None
+            self._ledger.note(row)
 
     # --- the table ---
 
-    def _flush(self) -> None:
-        """Write what has changed. A failure (disk full, say) leaves it for the next time."""
-        rows, self._dirty = self._dirty, {}
-        self._flush_at = time.monotonic() + _FLUSH_S
-        if not rows:
-            return
-        if self._store is None:
-            self._forward(rows)
-            return
-        if self._store.is_out_of_reach():
-            # What still runs when this standby is promoted is written then.
-            self._keep_for_later({key: row for key, row in rows.items() if row["state"] == "running"})
-            return
-        try:
-            self._store.write(rows.values())
-            self._written_at = time.monotonic()
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
-            self._store_failed(rows, error)
-        else:
-            self._unwritable = False
-            self._written += len(rows)
-
-    def _store_failed(self, rows: dict[int, Row], error: Exception) -> None:
-        """Keep the rows for later, give them to a successor, or find out which of them cannot be written."""
-        assert self._store is not None
-        sqlstate = getattr(error, "sqlstate", None) or ""
-        if sqlstate in _GONE:
-            if self._store.find_table():
-                self._keep_for_later(rows)
-            else:
-                self._store = None
-                self._make_room()
-                self._forward(rows)
-        elif sqlstate[:2] in _PASSING or not rows:
-            self._keep_for_later(rows)
-        else:
-            self._store.write_one_by_one(rows.values())
-
-    def _keep_for_later(self, rows: dict[int, Row]) -> None:
-        rows.update(self._dirty)
-        finished = [key for key, row in rows.items() if row["state"] != "running"]
-        for key in finished[: max(0, len(rows) - 2 * MAX_ROWS)]:
-            del rows[key]
-        self._dirty = rows
-        self._unwritable = True
-        self._flush_at = time.monotonic() + _RETRY_S
-
-    def _forward(self, rows: dict[int, Row]) -> None:
-        """The table is out of reach here: a successor writes these rows, once a session has started one."""
-        with messages.control_socket() as successor:
-            successor.setblocking(False)
-            try:
-                successor.connect(self._path)
-                for key, row in list(rows.items()):
-                    messages.send(successor, [messages.RECORD, row])
-                    del rows[key]
-            except OSError:
-                pass  # none is there, or it has much to do: the next attempt sends the rest
-        self._keep_for_later(rows)
-
     def _on_record(self, _: Link, row: Row) -> None:
         """A predecessor's row."""
-        self._inherited.pop(row[KEY], None)
+        self._ledger.inherited.pop(row[KEY], None)
         job = self._jobs.get(row[KEY])
         if job is None:
-            self._mark_dirty(row)
+            self._ledger.note(row)
         elif row["state"] != "running":
             self._end(job, row)
         elif job.row.get("progress_pct") is None:
             job.row.update(progress_pct=row.get("progress_pct"), progress_msg=row.get("progress_msg"))
-            self._mark_dirty(job.row)
-
-    def _inherit(self) -> None:
-        """What a predecessor left as running: sessions hand it over, that predecessor ends it, or it is lost."""
-        rows = self._ask_store(lambda store: store.running()) or []
-        self._inherited = {row[KEY]: row for row in rows}
-        if rows and self._ask_store(lambda store: store.is_alone()):
-            self._look_after_inherited()
-            self._look_after_inherited()
-            self._flush()
-        self._sweep_markers()
-
-    def _look_after_inherited(self) -> None:
-        """What has no process behind it will never tell how it ended.
-
-        Unless a predecessor is about to write that down: so it must be missed twice, and still be there as running.
-        """
-        missing = set()
-        for key, row in self._inherited.items():
-            channel = self._channels.get(row["pid"])
-            another = channel is not None and channel.job is not None and channel.job.row[KEY] != key
-            gone = row["process_start"] != process_start(row["pid"])
-            # The session holds the socket, in which the answer may lie.
-            orphaned = row["launcher_start"] != process_start(row["launcher_pid"])
-            if another or (gone and orphaned):
-                missing.add(key)
-        lost, self._missing = missing & self._missing, missing
-        if not lost:
-            return
-        running = {row[KEY] for row in self._ask_store(lambda store: store.running()) or []}
-        for key in lost:
-            row = self._inherited.pop(key)
-            if key in running:
-                row.update(_lost_connection(None))
-                self._mark_dirty(row)
+            self._ledger.note(job.row)
 
     def _prune(self) -> None:
         self._deadlines = [entry for entry in self._deadlines if entry[1] in self._jobs]
         heapq.heapify(self._deadlines)
-        self._ask_store(lambda store: store.prune())
+        self._ledger.ask(lambda store: store.prune())
         self._sweep_markers()
 
     def _sweep_markers(self) -> None:
@@ -1261,8 +1023,8 @@ class Supervisor:
         A job is handed over before its transaction has committed, and so before others see its marker.
         """
         waits = any(channel.queue is not None and channel.queue.is_busy for channel in self._channels.values())
-        if not waits and self._ask_store(lambda store: store.is_alone()):
-            self._ask_store(lambda store: store.sweep_markers())
+        if not waits and self._ledger.ask(lambda store: store.is_alone()):
+            self._ledger.ask(lambda store: store.sweep_markers())
 
     # --- the end ---
 
@@ -1284,67 +1046,3 @@ class Supervisor:
         self._listener.close()
         self._listener = None
         os.close(self._lock_fd)
-
-
-def _drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
-    """The job's answer, with as many of the clean-up's behind it as have come."""
-    for groups_after in range(job.groups_after, -1, -1):
-        answer = wire.last_answer(channel.tail, groups_after, job.tags_after)
-        if answer is not None and (groups_after == job.groups_after or answer.tag != _CLEAN_UP_TAG):
-            return answer
-    return None
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).isoformat()
-
-
-def _receive_from(connection: socket.socket, size: int, flags: int) -> bytes | None:
-    """Bytes from a worker; None when there are none yet, b"" at the end of the connection."""
-    try:
-        return connection.recv(size, flags | socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return None
-    except OSError:
-        return b""
-
-
-def _has_no_more(connection: socket.socket, size: int) -> bool:
-    """Whether the other end has gone, and nothing lies unread but so many bytes."""
-    return _hung_up(connection) and len(_receive_from(connection, size + 1, socket.MSG_PEEK) or b"") == size
-
-
-def _hung_up(connection: socket.socket) -> bool:
-    poll = select.poll()
-    poll.register(connection, select.POLLRDHUP)
-    return bool(poll.poll(0))
-
-
-def _rolled_back() -> Row:
-    """40000, the class of transactions that were rolled back."""
-    message = "the transaction that submitted the background job was rolled back"
-    return {"state": "canceled", "sqlstate": messages.ROLLED_BACK, "error_message": message, "finished_at": _now()}
-
-
-def _canceled_before() -> Row:
-    """As a cancel of what runs."""
-    message = "the background job was canceled before it started"
-    return {"state": "canceled", "sqlstate": "57014", "error_message": message, "finished_at": _now()}
-
-
-def _never_ran() -> Row:
-    """08006 as well: the session ended before it had sent the whole job."""
-    message = "the launching session ended before it had sent the whole SQL, which did not run"
-    return {"state": "error", "sqlstate": "08006", "error_message": message, "finished_at": _now()}
-
-
-def _lost_connection(job: Job | None) -> Row:
-    """08006: the worker's backend is gone, and what became of its job is not known, unless it was us."""
-    message = "the background worker's backend ended, the outcome of its SQL is unknown"
-    state, sqlstate = "error", "08006"
-    if job is not None and job.kill_at is not None and time.monotonic() >= job.kill_at:
-        if job.canceled:
-            state, sqlstate, message = "canceled", "57P01", messages.TERMINATED
-        else:
-            sqlstate, message = "57014", messages.TIMED_OUT
-    return {"state": state, "sqlstate": sqlstate, "error_message": message, "finished_at": _now()}

@@ -5,6 +5,8 @@ An answer is a group of messages of PostgreSQL's protocol that ends with ReadyFo
 
 from __future__ import annotations
 
+import select
+import socket
 import struct
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -214,3 +216,25 @@ def row_count(tag: bytes) -> int | None:
     """The number of rows that a command tag tells; None where it tells none."""
     last = tag.rpartition(b" ")[2]
     return int(last) if last.isdigit() else None
+
+
+def receive_from(connection: socket.socket, size: int, flags: int) -> bytes | None:
+    """Bytes from a worker; None when there are none yet, b"" at the end of the connection."""
+    try:
+        return connection.recv(size, flags | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return b""
+
+
+def has_no_more(connection: socket.socket, size: int) -> bool:
+    """Whether the other end has gone, and nothing lies unread but so many bytes."""
+    return hung_up(connection) and len(receive_from(connection, size + 1, socket.MSG_PEEK) or b"") == size
+
+
+def hung_up(connection: socket.socket) -> bool:
+    """Whether the other end has gone."""
+    poll = select.poll()
+    poll.register(connection, select.POLLRDHUP)
+    return bool(poll.poll(0))

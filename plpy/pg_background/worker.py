@@ -77,6 +77,31 @@ class Worker:
     `key` is random and names the job everywhere; the cookie is the same, but 0 for a worker of version 1.
     """
 
+    # What most jobs never change stands here: to set it for each would take a tenth of a launch's time.
+    state = State.RUNNING
+    error: Report | None = None
+    unreadable: Report | None = None  # why its rows cannot be returned, however well it went
+    consumed = False
+    counted = False
+    announced = False  # the supervisor knows of it
+    detached = False
+    signaled = False  # a cancel may still be on its way: the session is not reused
+    cancel_requested = False
+    stop_message: str | None = None  # why, where the server does not know it
+    changes: Mapping[str, Any] = {}  # what its end has changed in its row
+    columns: tuple[Column, ...] | None = None
+    command_tags: str | None = None  # of a job that returned no rows, one a line
+    elapsed_ms = 0.0
+    started_settings: Mapping[str, str] = {}
+    dependence = output_settings.Dependence(())
+    reader_before: Mapping[str, str] = {}
+    _terminate_at: float | None = None  # the end of a cancel's grace, of time.monotonic()
+    _chunk_tag = b""
+    _statements = 1
+    _tags_seen = 0  # the probe's too
+    _ended_settings: Mapping[str, str] | None = None
+    _writing = False  # the job has been sent in part
+
     def __init__(
         self,
         server: Server,
@@ -98,33 +123,15 @@ class Worker:
         self.key = secrets.randbits(KEY_BITS) or 1
         self.cookie = 0 if v1 else self.key
         self.role_oid = session.role_oid
-        self.launched_at = datetime.now(timezone.utc)
-        self.state = State.RUNNING
-        self.error: Report | None = None
-        self.unreadable: Report | None = None  # why its rows cannot be returned, however well it went
-        self.consumed = False
-        self.counted = False
-        self.announced = False  # the supervisor knows of it
-        self.detached = False
-        self.signaled = False  # a cancel may still be on its way: the session is not reused
-        self.cancel_requested = False
-        self.stop_message: str | None = None  # why, where the server does not know it
-        self.changes: Mapping[str, Any] = {}  # what its end has changed in its row
-        self._terminate_at: float | None = None  # the end of a cancel's grace, of time.monotonic()
-        self.columns: tuple[Column, ...] | None = None
-        self.command_tags: str | None = None  # of a job that returned no rows, one a line
-        self.elapsed_ms = 0.0
         self.backlog = Backlog()
-        self.started_settings: Mapping[str, str] = {}
-        self.dependence = output_settings.Dependence(())
-        self.reader_before: Mapping[str, str] = {}
         self._tags: list[bytes] = []
-        self._chunk_tag = b""
-        self._statements = 1
-        self._tags_seen = 0  # the probe's too
-        self._ended_settings: Mapping[str, str] | None = None
+        self._launched = time.time()
         self._started = time.monotonic()
-        self._writing = False  # the job has been sent in part
+
+    @property
+    def launched_at(self) -> datetime:
+        """When, in UTC."""
+        return datetime.fromtimestamp(self._launched, timezone.utc)
 
     # --- running ---
 

@@ -1,0 +1,93 @@
+"""What the supervisor keeps of each session, job and worker."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from . import messages, wire
+from .deferral import Queue
+from .process import Process, process_start
+from .store import Row
+
+WINDOW_BYTES = 1 << 16  # of a worker's output that is looked at
+
+
+class Link:
+    """The control connection of a session, or of a worker that reports its progress."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.pid = messages.peer_pid(connection)
+        self.process_start = process_start(self.pid)
+        self.outbox: deque[list[Any]] = deque()
+        self.channels: set[int] = set()  # pids of workers
+        self.closed = False
+        self.may_rest = False
+        self.moved_on = False
+        self.reports = False  # a worker's, for its progress
+        self.packets: list[bytes] = []  # reports that have not been looked at
+        self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told
+        self.waits_for: int | None = None  # pid of the worker whose end the session waits for
+
+
+class Job:
+    """One job: its row, and who waits for its end."""
+
+    def __init__(self, row: Row, extras: Mapping[str, Any]) -> None:
+        clean_ups = int(extras.get("clean_ups", 0))
+        self.row = row
+        self.started = float(extras.get("started", 0))  # time.monotonic() of the session, before it sent the job
+        self.tags_after = 1 if extras.get("probe") else 0
+        self.tags_of_commit: int | None = extras.get("tags_of_commit")
+        self.groups_after = clean_ups
+        self.waiters: list[tuple[Link, int]] = []
+        self.canceled = bool(extras.get("canceled"))
+        self.timed_out = False
+        self.kill_at: float | None = extras.get("terminate_at")  # of time.monotonic()
+        self.connection_kept = clean_ups > 0
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended, as far as is known."""
+        return bool(self.row["state"] == "running")
+
+
+class Channel:
+    """A duplicate of a worker's socket."""
+
+    def __init__(self, pid: int, start: int | None, connection: socket.socket, link: Link | None) -> None:
+        self.pid = pid
+        self.connection = connection
+        self.link = link
+        self.process = Process(pid, start)
+        self.job: Job | None = None
+        self.previous: Job | None = None
+        self.reads = False  # a submitted job: read message by message
+        self.drains = False  # nobody else reads it any more: read to the end of the connection
+        self.queue: Queue[Job] | None = None  # jobs that wait for a commit
+        self.writing = False  # the session has not sent the whole job yet
+        self.farewell_due = False  # the end of the connection is to be queued behind the job
+        self.answer = wire.Answer()
+        self.answers_left = 0
+        self.unclean = False  # an answer to the clean-up was an error
+        self.skip = 0
+        self.window = WINDOW_BYTES
+        self.tail = b""
+
+    @property
+    def works(self) -> bool:
+        """Whether something is still to come."""
+        runs = self.job is not None and self.job.running
+        return self.drains or runs or (self.queue is not None and self.queue.is_busy)
+
+    @property
+    def is_between_jobs(self) -> bool:
+        """Whether all of a submitted job has been read.
+
+        An answer that lies there by now is the next job's, of which its session may not have told yet. A channel that
+        is in line twice, for arrivals in quick succession, must not lose it.
+        """
+        return self.reads and not self.drains and self.link is not None and not self.answers_left

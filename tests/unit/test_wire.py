@@ -1,0 +1,131 @@
+"""Reading a worker's answers off its socket: whatever a stream holds, and wherever it is cut."""
+
+from __future__ import annotations
+
+import struct
+
+from hypothesis import given
+from hypothesis import strategies as st
+from pg_background import wire
+
+
+def message(kind: bytes, body: bytes = b"") -> bytes:
+    """A message of the protocol."""
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+def data_row(values: list[bytes | None]) -> bytes:
+    """A DataRow."""
+    fields = [struct.pack("!i", -1) if v is None else struct.pack("!i", len(v)) + v for v in values]
+    return message(b"D", struct.pack("!H", len(values)) + b"".join(fields))
+
+
+def tag(text: bytes) -> bytes:
+    """A CommandComplete."""
+    return message(b"C", text + b"\0")
+
+
+def error(sqlstate: bytes, text: bytes) -> bytes:
+    """An ErrorResponse."""
+    return message(b"E", b"SERROR\0VERROR\0C" + sqlstate + b"\0M" + text + b"\0\0")
+
+
+READY = message(b"Z", b"I")
+TEXTS = st.binary(max_size=300).map(lambda text: text.replace(b"\0", b""))
+TAGS = st.sampled_from([b"SELECT 1", b"INSERT 0 5", b"DO", b"VACUUM", b"DISCARD ALL"])
+ROWS = st.lists(st.none() | st.binary(max_size=400), max_size=4).map(data_row)
+NOTICES = TEXTS.map(lambda text: message(b"N", b"SNOTICE\0M" + text + b"\0\0"))
+STATEMENTS = st.tuples(st.lists(ROWS | NOTICES, max_size=6), TAGS)
+JOBS = st.tuples(st.lists(STATEMENTS, min_size=1, max_size=4), st.none() | TEXTS)
+
+
+def stream_of(job: tuple[list[tuple[list[bytes], bytes]], bytes | None]) -> bytes:
+    """All that a worker sends for a job: statements, an error in place of the last tag perhaps, ReadyForQuery."""
+    statements, failure = job
+    parts = []
+    for rows, text in statements:
+        parts += [message(b"T", b"\0\0"), *rows, tag(text)]
+    if failure is not None:
+        parts[-1] = error(b"22012", failure)
+    return b"".join(parts) + READY
+
+
+def read_in_pieces(stream: bytes, cuts: list[int]) -> tuple[wire.Answer, int]:
+    """As the supervisor reads: looks at what has come so far, and takes what was understood."""
+    answer, taken, skip = wire.Answer(), 0, 0
+    for arrived in sorted({*(cut % (len(stream) + 1) for cut in cuts), len(stream)}):
+        while taken < arrived and not answer.complete:
+            if skip:
+                thrown = min(skip, arrived - taken)
+                skip, taken = skip - thrown, taken + thrown
+                continue
+            position = wire.parse(stream[taken:arrived], answer)
+            taken, skip = taken + position.consumed, position.skip
+            if not position.consumed:
+                break
+    return answer, taken
+
+
+@given(JOBS, st.lists(st.integers(0, 10_000), max_size=8))
+def test_the_outcome_does_not_depend_on_how_a_stream_is_cut(job: tuple, cuts: list[int]) -> None:  # type: ignore[type-arg]
+    statements, failure = job
+    stream = stream_of(job)
+    answer, taken = read_in_pieces(stream, cuts)
+    assert answer.complete
+    assert taken == len(stream)
+    if failure is None:
+        assert answer.error is None
+        assert answer.tag == statements[-1][1]
+    else:
+        assert answer.error is not None
+        assert wire.error_fields(answer.error)["sqlstate"] == b"22012"
+        assert wire.error_fields(answer.error)["message"] == failure
+
+
+@given(JOBS, st.integers(0, 10_000))
+def test_a_verdict_stays_in_the_socket_until_the_answer_is_whole(job: tuple, cut: int) -> None:  # type: ignore[type-arg]
+    """Were the supervisor to end in the middle, its successor would have to find it there."""
+    stream = stream_of(job)
+    cut %= len(stream)
+    answer = wire.Answer()
+    position = wire.parse(stream[:cut], answer)
+    assert not answer.complete
+    rest = wire.Answer()
+    if not position.skip:
+        assert wire.parse(stream[position.consumed :], rest).consumed == len(stream) - position.consumed
+        assert (rest.tag, rest.error) == (job[0][-1][1], None) if job[1] is None else rest.error is not None
+
+
+@given(JOBS, st.lists(JOBS, max_size=2))
+def test_the_outcome_is_found_from_a_streams_tail(job: tuple, later: list) -> None:  # type: ignore[type-arg]
+    clean_ups = [([([], b"DISCARD ALL")], None), ([([data_row([b"x"])], b"SELECT 1")], None)]
+    stream = stream_of(job) + b"".join(map(stream_of, clean_ups))  # type: ignore[arg-type]
+    answer = wire.last_answer(stream, groups_after=2)
+    assert answer is not None
+    if job[1] is None:
+        assert (answer.tag, answer.error) == (job[0][-1][1], None)
+    else:
+        assert answer.error is not None
+
+
+@given(st.lists(st.none() | st.binary(max_size=50), max_size=20))
+def test_values_of_a_row(values: list[bytes | None]) -> None:
+    assert wire.row_values(data_row(values)[5:]) == values
+
+
+@given(st.binary(max_size=2000))
+def test_garbage_is_no_outcome_and_no_crash(window: bytes) -> None:
+    position = wire.parse(window, wire.Answer())
+    assert 0 <= position.consumed <= len(window)
+    wire.last_answer(window)
+
+
+@given(st.binary(max_size=100), st.lists(st.none() | st.binary(max_size=50), max_size=5))
+def test_a_bound_query_is_four_messages(sql: bytes, parameters: list[bytes | None]) -> None:
+    packet = wire.bound_query_messages(sql, parameters)
+    kinds = []
+    while packet:
+        length = struct.unpack_from("!I", packet, 1)[0]
+        kinds.append(packet[:1])
+        packet = packet[1 + length :]
+    assert kinds == [b"P", b"B", b"E", b"S"]
