@@ -19,7 +19,7 @@ PSYCOPG_PACKAGE = "pg-background-psycopg"
 _PSYCOPG_FOLDER = "usr/lib/pg-background"
 _REVISION = "-1"
 # The first minor releases that the extension accepts (plpy/pg_background/switch.py).
-_FIRST_MINOR = {14: "14.14", 15: "15.9", 16: "16.5", 17: "17.1", 18: "18.0"}
+FIRST_MINOR = {14: "14.14", 15: "15.9", 16: "16.5", 17: "17.1", 18: "18.0"}
 
 _COPYRIGHT = """\
 Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
@@ -101,7 +101,7 @@ def _build_extension(major: int) -> Path:
         fields = {
             "Version": _extension_version(),
             "Architecture": "all",
-            "Depends": f"postgresql-{major} (>= {_FIRST_MINOR[major]}), postgresql-plpython3-{major},"
+            "Depends": f"postgresql-{major} (>= {FIRST_MINOR[major]}), postgresql-plpython3-{major},"
             f" {_psycopg_dependency()}",
             "Description": _description(),
         }

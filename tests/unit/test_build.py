@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 import build
 from sql_templates.api import API, INTERNAL, Argument, Function
-from tools import installing, rendering
+from tools import debian, installing, rendering
 from tools.common import CONTROL, ROOT, BuildError, control_version
 
 MASTER = (
@@ -268,3 +269,11 @@ def test_the_pinned_range_is_the_projects() -> None:
 def test_a_wrong_pg_config_is_an_error_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert build.main(["install", "--pg-config", "/nowhere/pg_config"]) == 1
     assert capsys.readouterr().err == "build.py: no such pg_config: /nowhere/pg_config\n"
+
+
+def test_the_packages_want_the_minor_releases_that_the_switch_accepts() -> None:
+    source = (ROOT / "plpy" / "pg_background" / "switch.py").read_text("utf-8")
+    found = re.search(r"first_minor = (\{.*?\})", source)
+    assert found
+    accepted = ast.literal_eval(found.group(1))
+    assert {major: f"{major}.{minor}" for major, minor in accepted.items()} == debian.FIRST_MINOR
