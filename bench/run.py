@@ -25,10 +25,12 @@ import psycopg
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from bench.costs import memory, the_supervisor, where_the_time_goes  # noqa: E402
 from examples.scratch import ScratchServer, scratch_server  # noqa: E402
 from tools.installing import find_server  # noqa: E402
 
 REPORT, PLOT = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks.svg"
+NOTES = ROOT / "bench" / "notes.md"  # what the figures mean: text, no figures of this run
 OURS, OPEN, PER_CALL, FLOOR = (
     "pg_background",
     "dblink, open connection",
@@ -389,7 +391,7 @@ def environment(server: ScratchServer, bin_folder: Path) -> list[str]:
     ]
 
 
-def report(measurements: list[Measured], facts: list[str]) -> str:
+def report(measurements: list[Measured], facts: list[str], costs: list[str]) -> str:
     """docs/benchmarks.md."""
     lines = [
         "# Benchmarks",
@@ -413,7 +415,7 @@ def report(measurements: list[Measured], facts: list[str]) -> str:
         )
         rivals = "; ".join(f"{name}: {_figure(measured, name)}" for name in measured.seconds if name != OURS)
         lines.append(f"| {measured.scenario} | {ratios or '-'} | {_figure(measured, OURS)} | {rivals or '-'} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", "## Where the time goes", "", *costs, "", NOTES.read_text("utf-8").rstrip()]) + "\n"
 
 
 def _figure(measured: Measured, rival: str) -> str:
@@ -472,7 +474,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="*", help=f"which of {', '.join(groups)}; all when none is given")
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--no-report", action="store_true", help="print only")
+    parser.add_argument("--no-report", action="store_true", help="print only; always so for some of the groups")
     arguments = parser.parse_args()
     bin_folder = Path(find_server().pg_config).parent
     measurements: list[Measured] = []
@@ -482,8 +484,13 @@ def main() -> None:
         print("\n".join(facts), flush=True)
         for name in arguments.groups or groups:
             measurements.extend(groups[name](server, arguments.repeats))
-    if not arguments.no_report:
-        REPORT.write_text(report(measurements, facts), "utf-8")
+        costs: list[str] = []
+        if not arguments.groups:
+            for section in (where_the_time_goes, memory, the_supervisor):
+                costs += ["", *section(server)]
+            print("\n".join(costs), flush=True)
+    if not arguments.no_report and not arguments.groups:
+        REPORT.write_text(report(measurements, facts, costs), "utf-8")
         plot(measurements)
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,7 @@ listen_addresses = ''
 _WARM_UP_JOBS = 3000  # the memory that it keeps of finished jobs is full by then
 _SUPERVISOR = (
     "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_background supervisor'"
-    " ORDER BY backend_start DESC LIMIT 1"
+    " AND datname = current_database() ORDER BY backend_start DESC LIMIT 1"
 )
 _BATCH = 1000
 
@@ -67,8 +67,8 @@ def report(session: psycopg.Connection, reports: int) -> None:
     session.execute(query, (loop,))
 
 
-def measured(session: psycopg.Connection, what: str, count: int, work: Callable[[], None]) -> None:
-    """Print what the supervisor takes for `count` of something."""
+def measured(session: psycopg.Connection, what: str, count: int, work: Callable[[], None]) -> str:
+    """What the supervisor takes for `count` of something."""
     pid = supervisor(session)
     before, started = usage(pid), time.monotonic()
     work()
@@ -76,10 +76,9 @@ def measured(session: psycopg.Connection, what: str, count: int, work: Callable[
     after = usage(now)
     memory = f"{count / wall_s:,.0f} a second came; memory {after.resident_kb:,} kB, before {before.resident_kb:,} kB"
     if now != pid:
-        print(f"{count:9,} {what}: {memory}, another supervisor by now")
-        return
+        return f"{count:,} {what}: {memory}, another supervisor by now"
     cpu_s = after.cpu_s - before.cpu_s
-    print(f"{count:9,} {what}: {count / cpu_s:,.0f} a second on one core ({1e6 * cpu_s / count:.1f} µs each); {memory}")
+    return f"{count:,} {what}: {count / cpu_s:,.0f} a second on one core ({1e6 * cpu_s / count:.1f} µs each); {memory}"
 
 
 def supervisor(session: psycopg.Connection) -> int:
@@ -88,22 +87,20 @@ def supervisor(session: psycopg.Connection) -> int:
     return int(pid)
 
 
-def measure(server: ScratchServer, jobs: int, many: int) -> None:
-    """All figures, to standard output."""
-    conninfo = f"host={server.folder} port={server.port} user=postgres dbname=postgres"
+def measure(server: ScratchServer, database: str, jobs: int, many: int) -> Iterator[str]:
+    """All figures."""
+    conninfo = f"host={server.folder} port={server.port} user=postgres dbname={database}"
     with psycopg.connect(conninfo, autocommit=True) as session:
         session.execute("CREATE EXTENSION pg_background CASCADE")
         session.execute("SET pg_background.launch_timeout = '60s'")
         submit(session, _WARM_UP_JOBS)
-        version = session.execute("SELECT version()").fetchone()
-        print(f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}, {version and version[0]}")
-        measured(session, "jobs", jobs, lambda: submit(session, jobs))
-        measured(session, "reports of progress", jobs, lambda: report(session, jobs))
+        yield measured(session, "jobs", jobs, lambda: submit(session, jobs))
+        yield measured(session, "reports of progress", jobs, lambda: report(session, jobs))
         if many:
-            measured(session, "jobs", many, lambda: submit(session, many))
+            yield measured(session, "jobs", many, lambda: submit(session, many))
         size = session.execute("SELECT pg_size_pretty(pg_relation_size('_pg_background_worker'))").fetchone()
         rows = session.execute("SELECT count(*) FROM pg_background_activity").fetchone()
-        print(f"the table: {size and size[0]} for {rows and rows[0]:,} rows")
+        yield f"its table: {size and size[0]} for {rows and rows[0]:,} rows"
 
 
 def main() -> None:
@@ -115,7 +112,9 @@ def main() -> None:
     arguments = parser.parse_args()
     bin_folder = Path(find_server(arguments.pg_config).pg_config).parent
     with scratch_server(bin_folder, settings=_SETTINGS, pg_hba="local all all trust\n") as scratch:
-        measure(scratch, arguments.jobs, arguments.many)
+        print(f"{os.cpu_count()} x {platform.machine()}, Python {platform.python_version()}")
+        for line in measure(scratch, "postgres", arguments.jobs, arguments.many):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
