@@ -63,6 +63,11 @@ _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
+_decode = json.JSONDecoder().decode
+# As integers: with the socket module's flags, which are enums, an "and" takes longer than the system call.
+_RECEIVED_IN_PART, _DESCRIPTORS_LOST = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
+_NO_SIGNAL, _CLOSE_ON_EXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 
 
 # SQLSTATE of a job that was not to run, as its transaction was rolled back.
@@ -102,10 +107,10 @@ def send(connection: socket.socket, message: list[Any], *descriptors: int) -> No
     if len(packet) > _MAX_BYTES:
         packet = _encode(_shortened(message)).encode()
     if not descriptors:
-        connection.send(packet, socket.MSG_NOSIGNAL)
+        connection.send(packet, _NO_SIGNAL)
     else:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))
-        connection.sendmsg([packet], [rights], socket.MSG_NOSIGNAL)
+        connection.sendmsg([packet], [rights], _NO_SIGNAL)
 
 
 def _shortened(value: Any) -> Any:
@@ -123,17 +128,27 @@ def receive(connection: socket.socket) -> Received | None:
     except ConnectionResetError:
         # Told once, before what lies unread, where the other end closed with something unread.
         packet, ancillary, flags, _ = _receive_packet(connection)
+    if ancillary:
+        return _received(packet, _descriptors_of(ancillary), flags)
+    return _received(packet, (), flags)
+
+
+def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
     descriptors = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
+    return tuple(descriptors)
+
+
+def _received(packet: bytes, descriptors: tuple[int, ...], flags: int) -> Received | None:
     if not packet:
         return None
     try:
-        if flags & socket.MSG_CTRUNC:
+        if flags & _DESCRIPTORS_LOST:
             raise DescriptorsLostError("descriptors lost")
-        message = json.loads(packet)
-        if flags & socket.MSG_TRUNC or not isinstance(message, list) or not message:
+        message = _decode(packet.decode())
+        if flags & _RECEIVED_IN_PART or not isinstance(message, list) or not message:
             raise ProtocolError("truncated, or no array")
     except (ValueError, RecursionError, ProtocolError) as error:
         for descriptor in descriptors:
@@ -141,7 +156,7 @@ def receive(connection: socket.socket) -> Received | None:
         if isinstance(error, ProtocolError):
             raise
         raise ProtocolError(str(error)) from error
-    return Received(message, tuple(descriptors))
+    return Received(message, descriptors)
 
 
 def receive_all(connection: socket.socket, limit: int) -> tuple[list[bytes], bool]:
@@ -161,4 +176,4 @@ def receive_all(connection: socket.socket, limit: int) -> tuple[list[bytes], boo
 
 
 def _receive_packet(connection: socket.socket) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
-    return connection.recvmsg(_MAX_BYTES, socket.CMSG_SPACE(4 * array.array("i").itemsize), socket.MSG_CMSG_CLOEXEC)
+    return connection.recvmsg(_MAX_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)

@@ -65,6 +65,7 @@ class Channel:
         self.process = Process(pid, start)
         self.job: Job | None = None
         self.previous: Job | None = None
+        self.watched = False  # by epoll
         self.reads = False  # a submitted job: read message by message
         self.drains = False  # nobody else reads it any more: read to the end of the connection
         self.queue: Queue[Job] | None = None  # jobs that wait for a commit

@@ -514,14 +514,16 @@ class Supervisor:
         events = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
         if channel.queue is not None and channel.queue.outgoing:
             events |= select.EPOLLOUT
-        try:
-            self._epoll.register(channel.connection.fileno(), events)
-        except FileExistsError:
+        if channel.watched:
             self._epoll.modify(channel.connection.fileno(), events)
+        else:
+            self._epoll.register(channel.connection.fileno(), events)
+            channel.watched = True
 
     def _unwatch(self, channel: Channel) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        if channel.watched:
             self._epoll.unregister(channel.connection.fileno())
+            channel.watched = False
 
     def _drain(self, channel: Channel) -> None:
         channel.drains = True
@@ -634,7 +636,7 @@ class Supervisor:
         if job is None or not job.running:
             return False
         looked_at = time.monotonic()
-        window = wire.receive_from(channel.connection, _TAIL_BYTES * 2, socket.MSG_PEEK)
+        window = wire.receive_from(channel.connection, _TAIL_BYTES * 2, wire.PEEK)
         if window is None:
             return False
         if channel.link is not None:
@@ -658,7 +660,7 @@ class Supervisor:
                 return self._lost(channel, thrown)
             channel.skip -= len(thrown)
             return True
-        window = wire.receive_from(channel.connection, channel.window, socket.MSG_PEEK)
+        window = wire.receive_from(channel.connection, channel.window, wire.PEEK)
         if not window:
             return self._lost(channel, window)
         position = wire.parse(window, channel.answer)

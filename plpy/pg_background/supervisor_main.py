@@ -9,6 +9,7 @@ import os
 import resource
 import signal
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from .supervisor import Supervisor
 
 READY = "pg_background supervisor is ready"
 ANOTHER_SERVES = "55P03"
+_LOOK_S = 0.01  # a look at the signals takes as long as a message
 
 
 def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
@@ -90,6 +92,7 @@ class _Interrupts:
         self._pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
         self._plan = plpy.prepare("SELECT 1")
         self._must_end = False
+        self._look_at = 0.0  # of time.monotonic()
 
     def handle(self) -> bool:
         """Let the server act on requests: a statement does. False: this backend must end.
@@ -97,7 +100,13 @@ class _Interrupts:
         SIGTERM stays blocked. The server's clean-up after an error unblocks it, hence each time anew, and hence it is
         taken when it has come: the end may wait for jobs that wait for a commit.
         """
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+            if signal.SIGTERM in signal.sigpending():
+                signal.sigwait((signal.SIGTERM,))
+                self._must_end = True
         if self._pending.value:
             try:
                 self._plpy.execute(self._plan)
@@ -105,9 +114,6 @@ class _Interrupts:
                 if error.sqlstate != "57014":  # a cancel is not for us
                     raise
             self._plpy.commit()
-        if signal.SIGTERM in signal.sigpending():
-            signal.sigwait((signal.SIGTERM,))
-            self._must_end = True
         return not self._must_end
 
     def let_terminate(self) -> None:

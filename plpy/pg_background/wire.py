@@ -24,6 +24,9 @@ _KEPT_ROW_BYTES = 256
 # Longer messages are not waited for until they are there whole.
 _MAX_WHOLE_BYTES = 1 << 15
 
+# As integers: the socket module's are enums, which take their time.
+PEEK, _DO_NOT_WAIT = int(socket.MSG_PEEK), int(socket.MSG_DONTWAIT)
+
 TERMINATE = b"X\0\0\0\4"
 
 _FIELD_NAMES = {
@@ -221,7 +224,7 @@ def row_count(tag: bytes) -> int | None:
 def receive_from(connection: socket.socket, size: int, flags: int) -> bytes | None:
     """Bytes from a worker; None when there are none yet, b"" at the end of the connection."""
     try:
-        return connection.recv(size, flags | socket.MSG_DONTWAIT)
+        return connection.recv(size, flags | _DO_NOT_WAIT)
     except BlockingIOError:
         return None
     except OSError:
@@ -230,7 +233,7 @@ def receive_from(connection: socket.socket, size: int, flags: int) -> bytes | No
 
 def has_no_more(connection: socket.socket, size: int) -> bool:
     """Whether the other end has gone, and nothing lies unread but so many bytes."""
-    return hung_up(connection) and len(receive_from(connection, size + 1, socket.MSG_PEEK) or b"") == size
+    return hung_up(connection) and len(receive_from(connection, size + 1, PEEK) or b"") == size
 
 
 def hung_up(connection: socket.socket) -> bool:
