@@ -1,4 +1,4 @@
-# make demo | test | lint | bench | render | check | install [PG_CONFIG=...] | installcheck | deb | rpm | dist | clean
+# make demo | test | lint | bench | soak [MINUTES=60] | render | check | install [PG_CONFIG=...] | installcheck | deb | rpm | dist | clean
 # Every target first sees to what it needs (tools/bootstrap.sh), which is quick when all is there.
 
 PYTHON := .venv/bin/python
@@ -7,13 +7,15 @@ SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
 PYTEST_ARGS ?= -n 2
 # Connection string of a running server for installcheck.
 DSN ?=
+# How long make soak works and kills.
+MINUTES ?= 60
 
 ifdef PG_CONFIG
 export PG_CONFIG
 PG_CONFIG_ARG := --pg-config "$(PG_CONFIG)"
 endif
 
-.PHONY: help bootstrap render check install test test-matrix installcheck deb rpm dist test-packages lint format bench demo clean distclean
+.PHONY: help bootstrap render check install test test-matrix installcheck deb rpm dist test-packages lint format bench soak demo clean distclean
 
 help:
 	@sed -n '1,2s/^# //p' Makefile
@@ -66,6 +68,9 @@ format: bootstrap
 bench: check install
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check 'matplotlib>=3.8,<4'
 	$(PYTHON) bench/run.py $(BENCH_ARGS)
+
+soak: check install
+	PG_BACKGROUND_SOAK_MINUTES="$(MINUTES)" $(PYTHON) -m pytest -s tests/test_soak.py
 
 demo: check install
 	$(PYTHON) build.py demo $(PG_CONFIG_ARG)

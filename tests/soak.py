@@ -25,7 +25,7 @@ import psycopg
 from psycopg import sql
 
 from tests.background import Handle
-from tests.clusters import Cluster, Role, Session, server_log, wait_until
+from tests.clusters import SUPERVISOR_NAME, WORKER_NAME, Cluster, Role, Session, server_log, wait_until
 from tests.supervision import descriptors, supervisor_pids
 
 SETTINGS = {"max_connections": "220", "shared_buffers": "64MB"}
@@ -80,6 +80,7 @@ class Ledger:
         self._lock = threading.Lock()
         self._open: dict[int, Job] = {}  # by cookie
         self._never: list[int] = []
+        self._terminated: set[int] = set()  # pids of workers
         self.accepted: Counter[str] = Counter()
         self.verdicts: Counter[tuple[str, str, str | None]] = Counter()
         self.wrong: list[str] = []
@@ -88,6 +89,7 @@ class Ledger:
         """Note a job whose handle has been returned."""
         with self._lock:
             self._open[job.handle.cookie] = job
+            job.may_be_lost = job.handle.pid in self._terminated
             self.accepted[job.kind] += 1
         return job
 
@@ -105,6 +107,7 @@ class Ledger:
     def worker_is_terminated(self, pid: int) -> None:
         """One that is busy sending rows cannot say why it ended."""
         with self._lock:
+            self._terminated.add(pid)
             for job in self._open.values():
                 job.may_be_lost = job.may_be_lost or job.handle.pid == pid
 
@@ -164,7 +167,7 @@ def _problem(job: Job, verdict: Verdict) -> str | None:
         return None if job.may_be_lost else "lost, though its launcher and its worker live"
     if verdict.committed != (verdict.state == "stopped"):
         return "recorded as what it was not"
-    if job.must_run is not None and job.must_run != (verdict.sqlstate != _ROLLED_BACK):
+    if (job.must_run is False and verdict.committed) or (job.must_run and verdict.sqlstate == _ROLLED_BACK):
         return "ran or not, against its transaction"
     if job.kind == "failing" and verdict.state == "stopped":
         return "did not fail"
@@ -378,9 +381,9 @@ class Storm:
 
     def _blows(self) -> list[Callable[[], None]]:
         return [
-            lambda: self._signal("worker terminated", "pg_terminate_backend", "pg_background", calm=True),
-            lambda: self._signal("worker cancelled", "pg_cancel_backend", "pg_background", calm=True),
-            lambda: self._signal("supervisor terminated", "pg_terminate_backend", "pg_background supervisor"),
+            lambda: self._signal("worker terminated", "pg_terminate_backend", WORKER_NAME, calm=True),
+            lambda: self._signal("worker cancelled", "pg_cancel_backend", WORKER_NAME, calm=True),
+            lambda: self._signal("supervisor terminated", "pg_terminate_backend", SUPERVISOR_NAME),
             self._terminate_launcher,
             self._cancel_launcher,
             self._disconnect_launcher,
@@ -389,9 +392,9 @@ class Storm:
     def _signal(self, name: str, function: str, application: str, *, calm: bool = False) -> None:
         where = "calm" if calm and self._chance.random() < 0.3 else "stormy"
         pids = self._admin.rows(
-            "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name = %s AND state = 'active'"
+            "SELECT pid FROM pg_stat_activity WHERE datname = %s AND application_name = %s AND (state = 'active' OR %s)"
             " ORDER BY random() LIMIT 1",
-            (self._databases[where], application),
+            (self._databases[where], application, application == SUPERVISOR_NAME),  # which shows no state
         )
         for (pid,) in pids:
             if name == "worker terminated":
@@ -504,4 +507,4 @@ class Storm:
         for name, first, last, seconds in self.growth("launcher") + self.growth("supervisor"):
             lines.append(f"memory of {name}: {first} kB after warming up, {last} kB {seconds:.0f} s later")
         lines.append(f"not as promised: {len(self.wrong)}")
-        return "\n".join(lines + self.wrong[:20])
+        return "\n".join([*lines, *(wrong[:2000] for wrong in self.wrong[:20])])

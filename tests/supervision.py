@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.clusters import SUPERVISOR_NAME, Session, wait_until
@@ -35,3 +38,15 @@ def descriptors(pid: int) -> int:
         with suppress(FileNotFoundError):
             links.append(str(descriptor.readlink()))
     return sum(1 for link in links if link.startswith("socket:") or "pidfd" in link)
+
+
+@contextmanager
+def stopped(pid: int) -> Iterator[None]:
+    """The process does nothing meanwhile."""
+    pidfd = os.pidfd_open(pid)
+    signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
+        os.close(pidfd)

@@ -8,10 +8,8 @@ the place of one in the session's own Python, as a superuser may.
 from __future__ import annotations
 
 import errno
-import os
 import resource
 import select
-import signal
 import socket
 import tempfile
 import threading
@@ -25,7 +23,7 @@ import pytest
 
 from tests.background import Handle, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
-from tests.supervision import descriptors, supervisor_pid, supervisor_pids, terminate_supervisor
+from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_supervisor import control_path
 from tests.test_survival import ended, submit
 
@@ -269,18 +267,6 @@ def test_a_commit_that_fails_is_tried_again(session: Session, conn: Session, lea
     conn.execute("DROP FUNCTION full_disk() CASCADE")
     assert [ended(conn, handle)[0] for handle in handles] == ["stopped", "error"]
     assert supervisor_pid(conn) == pid
-
-
-@contextmanager
-def stopped(pid: int) -> Iterator[None]:
-    """The process does nothing meanwhile."""
-    pidfd = os.pidfd_open(pid)
-    signal.pidfd_send_signal(pidfd, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        signal.pidfd_send_signal(pidfd, signal.SIGCONT)
-        os.close(pidfd)
 
 
 def test_a_supervisor_that_hangs_keeps_no_call_from_being_cancelled(

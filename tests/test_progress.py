@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.background import Handle, detach, launch, listed, result, wait
+from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
-from tests.supervision import supervisor_pid, terminate_supervisor
+from tests.supervision import stopped, supervisor_pid, terminate_supervisor
 
 _ANY_SCRIPT = "fünfzig ½ 五十 пятьдесят خمسون 🚀\u0301 \"quoted\" \\ back 'slash'\n\ttab {json: [null]} "
 _ATTEMPTS = 20  # the machine may be busy: the best attempt counts
@@ -220,3 +220,41 @@ def test_a_worker_goes_on_reporting_to_the_next_supervisor(
     finish(alice, handle)
     assert supervisor_pid(conn) != before
     seen(conn, handle, (100, "at 100"))
+
+
+@pytest.mark.local_server
+def test_a_supervisor_that_was_not_told_of_a_worker_hears_it(
+    fresh_database: str, alice: Session, conn: Session
+) -> None:
+    """Its predecessor was terminated before it had read of the job, and the launcher makes no further call."""
+    run(alice, "SELECT 1", "n int")
+    conn.execute("SELECT pg_advisory_lock(7)")
+    terminated = supervisor_pid(conn)
+    with stopped(terminated):
+        handle = launch(alice, "SELECT pg_advisory_lock(7); SELECT pg_background_progress(50, 'half way')")
+        conn.execute("SELECT pg_terminate_backend(%s)", (terminated,))
+    run(conn, "SELECT 1", "n int")  # starts the next one
+    assert supervisor_pid(conn) != terminated
+    conn.execute("SELECT pg_advisory_unlock(7)")
+    seen(conn, handle, (50, "half way"))
+    finish(alice, handle)
+
+
+def test_a_cancelled_report_is_a_cancel(alice: Session, conn: Session) -> None:
+    """While it waits for the supervisor to answer whether this is a worker."""
+    run(alice, "SELECT 1", "n int")
+    with stopped(supervisor_pid(conn)):
+        handle = launch(alice, "SET statement_timeout = '200ms'; SELECT pg_background_progress(50)")
+        with sqlstate("57014", "^canceling statement due to statement timeout"):
+            result(alice, handle)
+
+
+def test_a_report_without_a_supervisor_is_dropped(fresh_database: str, alice: Session, conn: Session) -> None:
+    """The next one starts with the launcher's next call; no job must fail for that."""
+    handle = launch(alice, "SELECT pg_sleep(0.5); SELECT pg_background_progress(50)")
+    terminate_supervisor(conn)
+    wait_until(
+        lambda: conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'idle'", (handle.pid,)),
+        what="the end of the job",
+    )
+    assert result(alice, handle, "nothing text") == [(None,)]

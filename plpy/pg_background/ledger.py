@@ -54,8 +54,9 @@ class Ledger:
         self._dirty[row[KEY]] = row
 
     def forget(self, key: int) -> None:
-        """Another supervisor writes this one."""
-        self._dirty.pop(key, None)
+        """Another supervisor has this job, or will have it: that it runs is read in the table, if anywhere."""
+        if self._store is None:
+            self._dirty.pop(key, None)
 
     def next_flush(self, otherwise: float) -> float:
         """When to write, of time.monotonic(), if that is before `otherwise`."""
@@ -150,6 +151,17 @@ class Ledger:
             self.look_after_inherited(())
             self.look_after_inherited(())
             self.flush()
+
+    def was_written(self, pid: int) -> bool:
+        """Whether a predecessor has written down, since this one started, that this process runs a job."""
+        for row in self.ask(lambda store: store.running()) or []:
+            if row["pid"] == pid:
+                self.inherited.setdefault(row[KEY], row)
+        return self.inherited_row(pid) is not None
+
+    def is_alone(self) -> bool:
+        """Whether no predecessor is there."""
+        return bool(self.ask(lambda store: store.is_alone()))
 
     def inherited_row(self, pid: int) -> Row | None:
         """The row of the job that this process runs, if a predecessor wrote it."""

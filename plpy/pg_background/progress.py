@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 AM_I_WORKER = "worker?"  # request -> REPLY true or false
 PROGRESS = "progress"  # percent, message, time.monotonic() of the report
 
+_WORKER_NAME = "pg_background"  # loopback.APPLICATION_NAME
 _MAX_CHARACTERS = 1000
 _ANSWER_TIMEOUT_S = 10.0
 _SLICE_S = 0.1  # interrupts are handled at least so often
@@ -54,6 +55,7 @@ class Runtime:
         self._send: Callable[[bytes, int], int] | None = None
         self._connection: _socket.socket | None = None
         self._was_worker = False
+        self._was_answered = False  # the last question whether this is one
 
     def progress(self, percent: int | None, text: str | None) -> str | None:
         """Report; the reply is None or an error for _pg_background_checked."""
@@ -69,7 +71,11 @@ class Runtime:
                 pass  # its queue is full, or it has gone
             else:
                 return None
-        return self._report_patiently(packet)
+        try:
+            return self._report_patiently(packet)
+        except self._plpy.SPIError as error:  # a cancel
+            message = encode_basestring_ascii(str(error.args[0]))
+            return f'!{{"sqlstate": "{error.sqlstate}", "message": {message}}}'
 
     def _report_patiently(self, packet: bytes) -> str | None:
         """Wait for room in the supervisor's queue; where it has gone, find another."""
@@ -87,13 +93,21 @@ class Runtime:
             else:
                 return None
         # A worker whose supervisor has gone: the next report finds the next supervisor.
-        return None if self._was_worker else _NO_WORKER
+        if self._was_worker or (not self._was_answered and self._looks_like_a_worker()):
+            return None
+        return _NO_WORKER
+
+    def _looks_like_a_worker(self) -> bool:
+        """By its name, which anybody can take: enough to drop a report that nobody is there for."""
+        shown = self._plpy.execute("SELECT pg_catalog.current_setting('application_name') AS name")
+        return bool(shown[0]["name"] == _WORKER_NAME)
 
     def _connect(self, deadline: float) -> bool:
         """Whether a supervisor is there, and knows this backend as a worker."""
         connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         connection.setblocking(False)
         self._connection = connection
+        self._was_answered = False
         try:
             known = self._is_known(connection, deadline)
         except OSError:
@@ -122,7 +136,9 @@ class Runtime:
         connection.send(f'["{AM_I_WORKER}",1]'.encode(), _SEND_FLAGS)
         while time.monotonic() < deadline:
             if self._wait_until(select.POLLIN):
-                return connection.recv(_MAX_ANSWER_BYTES).endswith(b",true]")
+                answer = connection.recv(_MAX_ANSWER_BYTES)
+                self._was_answered = bool(answer)
+                return answer.endswith(b",true]")
         return False
 
     def _wait_until(self, event: int) -> bool:

@@ -111,7 +111,10 @@ class Store:
         self._upsert = plpy.prepare(
             f"INSERT INTO {name} AS w ({columns})"
             f" SELECT {columns} FROM pg_catalog.json_populate_recordset(NULL::{name}, $1::pg_catalog.json)"
-            f" ON CONFLICT ({KEY}) DO UPDATE SET {updates}",
+            f" ON CONFLICT ({KEY}) DO UPDATE SET {updates}"
+            # What a predecessor knows late must not undo an end, unless that was a guess.
+            " WHERE w.state OPERATOR(pg_catalog.=) 'running' OR EXCLUDED.state OPERATOR(pg_catalog.<>) 'running'"
+            " OR w.sqlstate OPERATOR(pg_catalog.=) '08006'",
             ["pg_catalog.text"],
         )
         self._find = plpy.prepare(

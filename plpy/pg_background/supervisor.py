@@ -36,6 +36,8 @@ _BLOCKED_S = 0.07  # a worker that waits for its reader does not heed a cancel, 
 _PRUNE_S = 60.0
 # A busy one makes room after this, or so many rows: its statistics reach autovacuum only at its end.
 _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
+# A worker that a young supervisor has not heard of: its session may not have come over yet, or its row not be written.
+_HAND_OVER_S = 2.0
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
 _MAX_EVENTS = 1 << 16
 # Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
@@ -974,12 +976,19 @@ class Supervisor:
             self._send(link, [messages.REPLY, request, pairs])
 
     def _on_am_i_worker(self, link: Link, request: int) -> None:
-        self._questions.append(lambda: self._tell_worker(link, request))
+        until = time.monotonic() + _HAND_OVER_S
+        self._questions.append(lambda: self._tell_worker(link, request, until))
 
-    def _tell_worker(self, link: Link, request: int) -> None:
+    def _tell_worker(self, link: Link, request: int, until: float) -> None:
+        """Whether it is one. A supervisor that has, or has just had, a predecessor is not sure at once."""
         channel = self._channels.get(link.pid)
         known = channel is not None and channel.job is not None
-        link.reports = known or self._ledger.inherited_row(link.pid) is not None
+        known = known or self._ledger.inherited_row(link.pid) is not None or self._ledger.was_written(link.pid)
+        now = time.monotonic()
+        if not known and now < until and (now < self._born + _HAND_OVER_S or not self._ledger.is_alone()):
+            self._asked_too_early.append(lambda: self._tell_worker(link, request, until))
+            return
+        link.reports = known
         self._send(link, [messages.REPLY, request, link.reports])
         if link.reports and not link.closed:
             self._reporters[link.pid] = link
