@@ -642,11 +642,14 @@ ERRORS: tuple[Error, ...] = (
     ),
     Error("42804", "datatype_mismatch", "The column list does not fit the result. Nothing is taken: ask again."),
     Error("53000", "insufficient_resources", "No file descriptor is left."),
+    Error("53100", "disk_full", "No room on the disk for what a worker's launcher or the supervisor must keep there."),
+    Error("53200", "out_of_memory", "The operating system has no memory left for it."),
     Error("53300", "too_many_connections", "No connection is left, of the server's or under a CONNECTION LIMIT."),
     Error("53400", "configuration_limit_exceeded", "pg_background.max_workers is reached in this session."),
     Error("55000", "object_not_in_prerequisite_state", "The pid is right, and the cookie is another."),
     Error("57014", "query_canceled", "The worker was cancelled, or a timeout has ended it."),
     Error("57P01", "admin_shutdown", "The worker's backend was terminated, after a grace period, say."),
+    Error("58030", "io_error", "A system call of the launching session failed in another way."),
     Error(
         "58P01", "undefined_file", "psycopg is not installed for the server's Python, or it or its libpq is too old."
     ),
