@@ -21,7 +21,7 @@ import pytest
 from psycopg import sql
 
 from sql_templates.api import INTERNAL
-from tests.background import Handle, launch, listed, run, wait
+from tests.background import Handle, detach, launch, listed, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
 from tests.supervision import supervisor_pid
 from tests.test_supervisor import control_path, stranger
@@ -438,3 +438,35 @@ def test_what_a_role_writes_about_itself_is_bounded(alice: Session, conn: Sessio
     ((size,),) = wait_until(lambda: conn.rows(row, handle), what="its row")
     assert size < 200_000
     alice.execute("SELECT pg_background_detach_v2(%s, %s)", handle)
+
+
+# --- what a reader runs -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["array", "row", "range", "rows"])
+def test_what_a_domain_checks_is_not_run_by_whoever_reads_json(
+    connect: Connect, role: NewRole, conn: Session, column: str
+) -> None:
+    mallory = role("mallory", schema=True)
+    owner = connect(mallory)
+    home = sql.Identifier(mallory)
+    owner.execute(
+        sql.SQL(
+            "SET search_path = {0}; CREATE TABLE seen (who name);"
+            " CREATE FUNCTION look(v int) RETURNS bool LANGUAGE plpgsql AS $$"
+            " BEGIN INSERT INTO {0}.seen VALUES (CURRENT_USER); RETURN true; END $$;"
+            " CREATE DOMAIN d AS int CHECK ({0}.look(VALUE)); CREATE TYPE c AS (v d);"
+            " CREATE TYPE r AS RANGE (subtype = d);"
+            ' CREATE TABLE t ("array" d[], "row" c, "range" r, "rows" c[]);'
+            " INSERT INTO t VALUES ('{{1}}', '(1)', '[1,1]', '{{(1)}}'); TRUNCATE seen; RESET search_path"
+        ).format(home)
+    )
+    query = sql.SQL("SELECT {} FROM {}.t").format(sql.Identifier(column), home).as_string(conn)
+    handle = launch(conn, query)
+    with sqlstate("0A000"):
+        conn.rows("SELECT pg_background_result_json_v2(%s, %s)", handle)
+    detach(conn, handle)
+    assert not conn.rows(sql.SQL("SELECT FROM {}.seen").format(home))
+    # Its owner is the one whose code it is.
+    assert owner.rows("SELECT pg_background_result_json_v2(%s, %s)", launch(owner, query))
+    assert {who for (who,) in owner.rows(sql.SQL("SELECT who FROM {}.seen").format(home))} == {str(mallory)}

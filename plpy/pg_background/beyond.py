@@ -14,6 +14,7 @@ from . import lexer, messages
 from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, reply
 from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
 from .errors import (
+    FEATURE_NOT_SUPPORTED,
     INVALID_PARAMETER_VALUE,
     NULL_VALUE_NOT_ALLOWED,
     SYNTAX_ERROR,
@@ -22,6 +23,8 @@ from .errors import (
     as_json,
     background_error,
 )
+from .output_settings import PARTS_QUERY
+from .results import FIRST_USER_OID
 from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
@@ -65,6 +68,14 @@ _COLUMNS_OF_TYPE = """
     SELECT f.oid, b.oid AS base, b.typmod, f.oid OPERATOR(pg_catalog.<>) b.oid AS is_domain
     FROM field f JOIN base b ON b.place OPERATOR(pg_catalog.=) f.place AND b.is_base
     ORDER BY f.place"""
+
+# A domain that these types consist of, of an owner who cannot become the reader: input runs what it checks.
+_DOMAIN_OF_ANOTHER = f"""
+    SELECT pg_catalog.format_type(t.oid, NULL) AS name
+    FROM ({PARTS_QUERY}) AS part
+    JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) part.oid
+    WHERE t.typtype OPERATOR(pg_catalog.=) 'd' AND NOT pg_catalog.pg_has_role(t.typowner, $2, 'MEMBER')
+    LIMIT 1"""
 
 
 class Beyond:
@@ -250,9 +261,25 @@ class Beyond:
         whole = "." if query.startswith(".") else ""
         query = query[len(whole) :]
         if row_type is None:
+            self._refuse_domains_of_others(worker.columns or ())
             names = ", ".join(map(_quoted, _distinct(self._names_of(worker))))
             return f"{whole}SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
         return whole + self._with_domains(worker.columns or (), query, row_type)
+
+    def _refuse_domains_of_others(self, columns: Iterable[Column]) -> None:
+        """0A000 where the reader, who has named no types, would run code of another role."""
+        types = [column.type_oid for column in columns if column.type_oid >= FIRST_USER_OID]
+        if not types:
+            return
+        caller = self._server.caller()
+        found = self._server.query(_DOMAIN_OF_ANOTHER, ["pg_catalog.oid[]", "pg_catalog.oid"], [types, caller])
+        if found:
+            raise background_error(
+                FEATURE_NOT_SUPPORTED,
+                f"values of domain {found[0]['name']} are not read without a column list",
+                detail="What the domain checks is code of its owner, and would run as the current user.",
+                hint="Name the types in the column list of pg_background_result_v2().",
+            )
 
     def _names_of(self, worker: Worker) -> Iterable[str]:
         return [self._server.decode(column.name) for column in worker.columns or ()]

@@ -78,7 +78,8 @@ _SCHEMAS_PROBE = (
 # Types that consist of nothing else and that are met often; what the others consist of is looked up.
 _SCALARS = PLAIN_TYPES | frozenset((_BYTEA, CHAR, _NAME, TEXT, _JSON, _BPCHAR, _VARCHAR, VOID, _JSONB))
 _UNKNOWN = 0
-_PARTS_QUERY = """
+# All types that each of $1 consists of, itself included.
+PARTS_QUERY = """
     WITH RECURSIVE part(root, oid) AS (
         SELECT r.oid, r.oid FROM pg_catalog.unnest($1) AS r(oid)
         UNION
@@ -136,7 +137,7 @@ class ReaderSettings:
         asked = sorted(root for root in roots if root not in self._built_in_parts)
         found: dict[int, set[int]] = {root: set() for root in asked}
         if asked:
-            for row in self._server.query(_PARTS_QUERY, ["pg_catalog.oid[]"], [asked]):
+            for row in self._server.query(PARTS_QUERY, ["pg_catalog.oid[]"], [asked]):
                 part = int(row["oid"])
                 is_unknown = row["is_base"] and part >= FIRST_USER_OID
                 found[int(row["root"])].add(_UNKNOWN if is_unknown else part)
