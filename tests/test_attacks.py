@@ -23,7 +23,7 @@ from psycopg import sql
 from sql_templates.api import INTERNAL
 from tests.background import Handle, detach, launch, listed, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
-from tests.supervision import supervisor_pid
+from tests.supervision import supervisor_pid, terminate_supervisor
 from tests.test_supervisor import control_path, stranger
 
 Connect = Callable[..., Session]
@@ -470,3 +470,22 @@ def test_what_a_domain_checks_is_not_run_by_whoever_reads_json(
     # Its owner is the one whose code it is.
     assert owner.rows("SELECT pg_background_result_json_v2(%s, %s)", launch(owner, query))
     assert {who for (who,) in owner.rows(sql.SQL("SELECT who FROM {}.seen").format(home))} == {str(mallory)}
+
+
+# --- what a role may lock ---------------------------------------------------------------------------
+
+
+def test_a_marker_that_its_role_has_locked_keeps_no_other_from_being_removed(
+    fresh_database: str, alice: Session, bob: Session, conn: Session
+) -> None:
+    """To ask by hand takes the marker, which is locked until the end of that transaction."""
+    run(bob, "SELECT 1", "n int")
+    mark = "SELECT public._pg_background_mark(CURRENT_USER::regrole::oid)"
+    held, _ = alice.value(mark), bob.value(mark)
+    conn.execute("UPDATE public._pg_background_marker SET made_at = now() - interval '2 min'")
+    with alice.transaction():
+        assert alice.value("SELECT public._pg_background_has_committed(%s)", (held,)) is True
+        terminate_supervisor(conn)
+        run(bob, "SELECT 1", "n int")
+        left = "SELECT key FROM public._pg_background_marker"
+        wait_until(lambda: conn.rows(left) == [(held,)], what="bob's marker removed")

@@ -136,9 +136,12 @@ class Store:
             ["pg_catalog.int8"],
         )
 
+        # A role may hold the lock on its own marker for as long as it likes.
         self._sweep = plpy.prepare(
-            f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.made_at OPERATOR(pg_catalog.<)"
+            f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.ctid OPERATOR(pg_catalog.=) ANY (ARRAY("
+            f"SELECT o.ctid FROM {schema}.{MARKER_TABLE} o WHERE o.made_at OPERATOR(pg_catalog.<)"
             " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
+            " FOR UPDATE SKIP LOCKED))"
         )
 
     def _quoted(self, name: str) -> str:
