@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -418,6 +419,35 @@ class Submitters:
                 self.handles[number] = submit(session, f"INSERT INTO done VALUES ({number})")
             except psycopg.Error as error:
                 self.refused[f"{error.sqlstate} {error}"[:300]] += 1
+
+
+def test_ends_of_launched_jobs_are_recorded_while_supervisors_end(
+    alice: Session, conn: Session, connect: Callable[..., Session]
+) -> None:
+    """However a launch, an end and the change from one supervisor to the next meet."""
+    alice.execute("CREATE TABLE log (n int)")
+    sessions = [connect(Role(alice.info.user, alice.info.password)) for _ in range(4)]
+    cookies: list[int] = []
+
+    def launch_many(session: Session) -> None:
+        for n in range(100):
+            handle = launch(session, f"INSERT INTO log VALUES ({n})")
+            assert result(session, handle) == [("INSERT 0 1",)]
+            cookies.append(handle.cookie)
+
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        runs = [pool.submit(launch_many, session) for session in sessions]
+        for _ in range(8):
+            for pid in supervisor_pids(conn):
+                conn.execute("SELECT pg_terminate_backend(%s)", (pid,))
+            wait_for(runs, timeout=0.3)
+        for each in runs:
+            each.result()
+    query = (
+        "SELECT c FROM unnest(%s::int8[]) c WHERE NOT EXISTS"
+        " (SELECT FROM pg_background_activity a WHERE a.cookie = c AND a.command_tag = 'INSERT 0 1')"
+    )
+    wait_until(lambda: conn.rows(query, (cookies,)) == [], what="the outcomes")
 
 
 def test_jobs_submitted_while_it_dies_commit_exactly_once(

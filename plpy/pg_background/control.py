@@ -6,6 +6,7 @@ import fcntl
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -24,6 +25,7 @@ ROLE = "pgbackground_supervisor"
 APPLICATION_NAME = "pg_background supervisor"
 _START_TIMEOUT_S = 30.0
 _RETRY_S = 0.002
+_MAX_UNTOLD = 1000
 _START_ANEW = ("55P03", "57P01", "08006")  # another one serves, or this one was terminated
 _CONNECTION_OK = 0
 _MODULES = (
@@ -125,6 +127,7 @@ class Control:
         self._moved = False
         self._starting: _Start | None = None
         self._connections = 0  # so far
+        self._untold: deque[list[Any]] = deque(maxlen=_MAX_UNTOLD)  # ends of jobs
         self.listener: Listener | None = None
 
     @property
@@ -156,6 +159,8 @@ class Control:
                 self._leave(old)
             if self.listener is not None:
                 self.listener.hand_over_again()
+            while self._untold:
+                self.tell(self._untold.popleft())
         except BaseException:
             self._drop()  # the next call does it all again
             raise
@@ -205,12 +210,19 @@ class Control:
                     about.known_to_supervisor = self._connections
                 return
 
-    def report_end(self, message: list[Any]) -> None:
-        """Tell of a job's end. Where no supervisor can be had, others will see that job as lost: no harm to it."""
+    def report_end(self, message: list[Any], announced_on: int, row: Callable[[], dict[str, Any]]) -> None:
+        """Tell of a job's end. Where no supervisor can be had, the next one is told.
+
+        announced_on: the connection over which the job was announced. A later supervisor gets the row: it may not
+        have heard of that job.
+        """
         try:
             self.tell(message)
+            if self._connections != announced_on:
+                self.tell([messages.RECORD, row()])
         except BackgroundError:
             self._drop()
+            self._untold.append([messages.RECORD, row()])
 
     def tell_if_connected(self, message: list[Any]) -> None:
         """Send what only a supervisor that is there needs to know."""
@@ -414,8 +426,11 @@ class Control:
             while connection.flush():
                 self._server.wait_for(((connection.socket, READABLE | WRITABLE),), None)
                 connection.consume_input()
-        except BaseException:
+        except BaseException as error:
+            gone = isinstance(error, Exception) and connection.status != _CONNECTION_OK
             start.close()
+            if gone:
+                return None  # it was terminated at once
             raise
         return start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterable
 from typing import Any, Callable
@@ -106,6 +107,7 @@ class Ledger:
     def _store_failed(self, rows: dict[int, Row], error: Exception) -> None:
         """Keep the rows for later, give them to a successor, or find out which of them cannot be written."""
         assert self._store is not None
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # the server's clean-up has unblocked it
         sqlstate = getattr(error, "sqlstate", None) or ""
         if sqlstate in _GONE:
             if self._store.find_table():

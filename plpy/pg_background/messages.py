@@ -38,7 +38,7 @@ PROGRESS = progress.PROGRESS
 socket_path = progress.socket_path
 
 # supervisor -> the supervisor that came after it
-RECORD = "record"  # row that the sender cannot write any more
+RECORD = "record"  # row that the sender cannot write any more; sessions send it too, of jobs that have ended meanwhile
 
 # supervisor -> session
 WELCOME = "welcome"

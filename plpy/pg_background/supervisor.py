@@ -306,6 +306,10 @@ class Supervisor:
                 link.connection.shutdown(socket.SHUT_RD)
         for link in links:
             self._receive(link, parting=True)
+        self._ledger.flush()  # what the successor is told of next must find it written
+        for link in links:
+            link.moved_on = True
+            self._close_link(link)
 
     # --- control connections ---
 
@@ -340,8 +344,8 @@ class Supervisor:
                 self._close_link(link)
                 return
             if received is None:
-                link.moved_on = link.moved_on or parting
-                self._close_link(link)
+                if not parting:
+                    self._close_link(link)
                 return
             self._dispatch(link, received)
 
@@ -1010,13 +1014,15 @@ class Supervisor:
 
     # --- the table ---
 
-    def _on_record(self, _: Link, row: Row) -> None:
-        """A predecessor's row."""
-        self._ledger.inherited.pop(row[KEY], None)
+    def _on_record(self, link: Link, row: Row) -> None:
+        """A predecessor's row; or a session's, of a job that ended while there was no supervisor to tell."""
+        row = {"launcher_pid": link.pid, "launcher_start": link.process_start, **row}
         job = self._jobs.get(row[KEY])
         if job is None:
-            self._ledger.note(row)
-        elif row["state"] != "running":
+            self._ledger.note({**(self._ledger.known_row(row[KEY]) or {}), **row})
+            return
+        self._ledger.inherited.pop(row[KEY], None)
+        if row["state"] != "running":
             self._end(job, row)
         elif job.row.get("progress_pct") is None:
             job.row.update(progress_pct=row.get("progress_pct"), progress_msg=row.get("progress_msg"))

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import messages, output_settings, wire
@@ -84,6 +84,7 @@ class Worker:
     consumed = False
     counted = False
     announced = False  # the supervisor knows of it
+    _announced_on = 0  # which connection to a supervisor that was
     detached = False
     signaled = False  # a cancel may still be on its way: the session is not reused
     cancel_requested = False
@@ -195,7 +196,13 @@ class Worker:
                 terminate_at=self._terminate_at,
                 unknown_position=self.job.submitted or self.detached,
             )
-        row = {
+        self._control.tell([messages.JOB, self._row(), extras], session)
+        self.announced = True
+        self._announced_on = self._control.connections
+
+    def _row(self) -> dict[str, Any]:
+        """What the table is to show of it, as far as this session knows."""
+        return {
             "key": self.key,
             "pid": self.pid,
             "cookie": self.cookie,
@@ -205,13 +212,11 @@ class Worker:
             "queue_size": self.job.queue_size,
             "sql_preview": self.job.sql[:PREVIEW_CHARACTERS],
             "launched_at": self.launched_at.isoformat(),
-            "process_start": session.process_start,
+            "process_start": self.session.process_start,
             "state": self.state.value,
             "history_ms": self.configuration.history_ms,
             "consumed": self.consumed,
         }
-        self._control.tell([messages.JOB, row, extras], session)
-        self.announced = True
 
     @property
     def _probes(self) -> bool:
@@ -451,7 +456,12 @@ class Worker:
         stopped = self.error is None
         self._set_ended(State.STOPPED if stopped else State.CANCELED if self._was_canceled() else State.ERROR)
         self.changes = self._changes()
-        self._control.report_end([messages.FINISHED, self.key, self.changes, time.monotonic()])
+        finished = [messages.FINISHED, self.key, self.changes, time.monotonic()]
+        self._control.report_end(finished, self._announced_on, self._ended_row)
+
+    def _ended_row(self) -> dict[str, Any]:
+        ended_at = self.launched_at + timedelta(milliseconds=self.elapsed_ms)
+        return {**self._row(), **self.changes, "finished_at": ended_at.isoformat()}
 
     def _set_ended(self, state: State) -> None:
         self.elapsed_ms = (time.monotonic() - self._started) * 1000
