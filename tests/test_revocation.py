@@ -150,6 +150,24 @@ def test_a_superuser_no_more_gets_no_session_of_its_time_as_superuser(
         run(session, f"SET SESSION AUTHORIZATION {own}; SELECT 1", "n int")
 
 
+def test_nor_in_a_transaction_that_sees_it_as_a_superuser_still(
+    connect: Connect, role: NewRole, conn: Session, fresh_database: str
+) -> None:
+    chief, mallory = role("chief", superuser=True), role("mallory", granted=False)
+    _do(conn, "GRANT {} TO {}", chief, mallory)
+    session = connect(mallory)
+    _do(session, "SET ROLE {}", chief)
+    run(session, "SELECT 1", "n int")
+    session.execute("BEGIN ISOLATION LEVEL REPEATABLE READ")
+    session.execute("SELECT 1")
+    _do(conn, "GRANT pgbackground_role TO {}", chief)
+    _do(conn, "ALTER ROLE {} NOSUPERUSER", chief)
+    assert run(session, "SELECT current_setting('is_superuser')", "power text") == [("off",)]
+    own = sql.Identifier(conn.info.user).as_string(conn)
+    with sqlstate("42501"):
+        run(session, f"SET SESSION AUTHORIZATION {own}; SELECT 1", "n int")
+
+
 def _is_idle(admin: Session, pid: int) -> bool:
     query = "SELECT state = 'idle' AND query LIKE '%%is_superuser%%' FROM pg_stat_activity WHERE pid = %s"
     return admin.rows(query, (pid,)) == [(True,)]

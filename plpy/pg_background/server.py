@@ -133,10 +133,15 @@ class Server:
         return list(self._plpy.execute(plan, list(arguments)))
 
     def role(self, oid: int) -> Role | None:
-        """The role with this oid; None when there is none."""
+        """The role with this oid; None when there is none.
+
+        The transaction may look at what was before a superuser was none any more. What is asked about membership of
+        the bootstrap superuser is answered as of now, and is true for each superuser.
+        """
         rows = self.query(
-            "SELECT r.rolname::pg_catalog.text AS name, r.rolsuper AS is_superuser FROM pg_catalog.pg_roles r"
-            " WHERE r.oid OPERATOR(pg_catalog.=) $1",
+            "SELECT r.rolname::pg_catalog.text AS name,"
+            " r.rolsuper AND pg_catalog.pg_has_role(r.oid, 10::pg_catalog.oid, 'MEMBER') AS is_superuser"
+            " FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
             ["pg_catalog.oid"],
             [oid],
         )
