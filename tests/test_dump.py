@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -118,7 +119,9 @@ def test_pg_upgrade_carries_it_over(start_cluster: Callable[..., Cluster], tmp_p
     programs = Path(old.executor.executable).parent
     upgrade: list[str | Path] = [programs / "pg_upgrade", "--old-bindir", programs, "--new-bindir", programs]
     upgrade += ["--old-datadir", old.datadir, "--new-datadir", new.datadir, "--username", old.executor.user]
-    done = subprocess.run(upgrade, cwd=tmp_path, capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:  # tmp_path is too long a name for a socket's folder
+        upgrade += ["--socketdir", folder]
+        done = subprocess.run(upgrade, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     new.start()
     with new.connect() as session:

@@ -198,7 +198,9 @@ class Runtime:
         if not worker.dependence.settings and self._reader_settings.hold(wanted):
             whole = self._whole_result(worker)
             if whole is not None:
-                taken = f"FROM {{schema}}._pg_background_taken({worker.pid}) AS taken"
+                taken = (
+                    f"FROM {{schema}}._pg_background_checked({{schema}}._pg_background_taken({worker.pid})) AS taken"
+                )
                 return "." + rows_query(columns, names, whole, taken)
         worker.reader_before = self._reader_settings.take_on(wanted)
         batches = f"{{schema}}._pg_background_batches({worker.pid})"

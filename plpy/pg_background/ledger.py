@@ -108,6 +108,7 @@ class Ledger:
         """Keep the rows for later, give them to a successor, or find out which of them cannot be written."""
         assert self._store is not None
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # the server's clean-up has unblocked it
+        self._store.rollback()
         sqlstate = getattr(error, "sqlstate", None) or ""
         if sqlstate in _GONE:
             if self._store.find_table():
@@ -116,7 +117,7 @@ class Ledger:
                 self._store = None
                 self._on_gone()
                 self._forward(rows)
-        elif sqlstate[:2] in _PASSING or not rows:
+        elif sqlstate[:2] in _PASSING and rows:
             self._keep_for_later(rows)
         else:
             self._store.write_one_by_one(rows.values())

@@ -161,6 +161,10 @@ class Store:
         except self._plpy.SPIError:
             return text.decode("ascii", "replace").replace("\ufffd", "?")
 
+    def rollback(self) -> None:
+        """End the transaction of what has failed: it must hold nothing back."""
+        self._plpy.rollback()
+
     def write(self, rows: Iterable[Row]) -> None:
         """Insert or update these rows, and commit."""
         # Characters as they are: the server takes no \u escapes where its encoding lacks the character or has none.
@@ -174,6 +178,7 @@ class Store:
                 try:
                     self.write([attempt])
                 except Exception as error:  # noqa: BLE001 - a value out of range, a missing one
+                    self.rollback()
                     self._plpy.log(f"pg_background: a row could not be written: {error}")
                 else:
                     break
