@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from psycopg import sql
 
-from tests.clusters import Cluster, Session, sqlstate
+from tests.clusters import Cluster, Session, sqlstate, wait_until
 
 pytestmark = pytest.mark.local_server
 
@@ -45,7 +45,8 @@ def _works(session: Session, user: str, schema: str = "public") -> None:
         handle = session.rows(f"SELECT pid, cookie FROM {schema}.pg_background_submit_on_commit_v2('SELECT 2')")[0]
     session.execute(f"SELECT {schema}.pg_background_wait_v2(%s, %s)", handle)
     assert session.value(f"SELECT state FROM {schema}.pg_background_outcome_v2(%s, %s)", handle) == "stopped"
-    assert (session.pid,) in session.rows(f"SELECT launcher_pid FROM {schema}.pg_background_activity")
+    seen = f"SELECT launcher_pid FROM {schema}.pg_background_activity"
+    wait_until(lambda: (session.pid,) in session.rows(seen), timeout=2, what="the view, up to 50 ms behind")
     session.execute("RESET search_path; RESET SESSION AUTHORIZATION")
 
 
