@@ -15,6 +15,7 @@ from .store import KEY, MAX_ROWS, Row, Store
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _BATCH_ROWS = 1000
 _RETRY_S = 1.0  # a table that could not be written is tried again after this
+_LAST_TRIES, _LAST_PAUSE_S = 10, 0.05
 # Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
 _PASSING = ("53", "55", "57", "58", "40")
 # The table is not where it was: dropped, moved to another schema, or that schema is closed to us.
@@ -89,6 +90,19 @@ class Ledger:
         else:
             self._unwritable = False
             self.written += len(rows)
+
+    def finish(self) -> None:
+        """Give to the successor what could not be written, or try again: this process ends.
+
+        Not before others can take its place: it would send to itself.
+        """
+        for _ in range(_LAST_TRIES):
+            if not self._dirty or self._store is None or self._store.is_out_of_reach():
+                return
+            rows, self._dirty = self._dirty, {}
+            self._forward(rows)
+            time.sleep(_LAST_PAUSE_S)  # the lock on the table is somebody else's
+            self.flush()
 
     def ask(self, question: Callable[[Store], Any]) -> Any:
         """The table's answer, or None where it cannot be read."""

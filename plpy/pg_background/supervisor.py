@@ -141,6 +141,7 @@ class Supervisor:
         self._end_drained()
         self._ledger.flush()
         self._retire()
+        self._ledger.finish()
 
     def _is_wanted(self) -> bool:
         """False when this backend must end.
