@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +39,7 @@ _MAX_LABEL_CHARACTERS = 1000
 _MAX_PARAMETERS = 65535  # the protocol counts them in 16 bits
 # How long a worker that has reached the timeout of its run may take to roll back before its backend is terminated.
 _STOP_GRACE_MS = 1000
+_SIGNAL_S = 2.0  # how long to wait for the supervisor to send one
 
 _SHORT_NAME = 10  # characters, which are 40 bytes at most: a number still fits in an identifier behind them
 
@@ -242,11 +244,24 @@ class Beyond:
         worker.wait(time.monotonic() + _STOP_GRACE_MS / 1000 + TERMINATION_S)
 
     def _abandon(self, worker: Worker) -> None:
-        """Cancel a worker without waiting for its end, and let it go."""
-        if not worker.ended:
-            worker.cancel(_STOP_GRACE_MS)
-            self._registry.control.tell([messages.CANCEL, 0, worker.pid, worker.cookie, _STOP_GRACE_MS])
-        self._registry.release(worker)
+        """Cancel a worker without waiting for its end, and let it go.
+
+        Only when the signal has been sent: the error that is on its way may release the lock that the worker waits for.
+        """
+        deadline = time.monotonic() + _SIGNAL_S
+        try:
+            if not worker.ended:
+                worker.cancel(_STOP_GRACE_MS)
+                with suppress(TimeoutError, BackgroundError):
+                    self._registry.control.ask(
+                        messages.CANCEL,
+                        worker.pid,
+                        worker.cookie,
+                        _STOP_GRACE_MS,
+                        wait_for=lambda awaited: self._runtime.wait_until(deadline, awaited),
+                    )
+        finally:
+            self._registry.release(worker)
 
     # --- rows without a column list ---
 

@@ -326,12 +326,12 @@ class Runtime:
                 control.ask(messages.WAIT, pid, cookie, wait_for=watch.wait_for)
             return "true"
         try:
-            control.ask(messages.WAIT, pid, cookie, wait_for=lambda awaited: self._wait_until(deadline, awaited))
+            control.ask(messages.WAIT, pid, cookie, wait_for=lambda awaited: self.wait_until(deadline, awaited))
         except TimeoutError:
             return "false"
         return "true"
 
-    def _wait_until(self, deadline: float, awaited: Sequence[tuple[int, int]]) -> None:
+    def wait_until(self, deadline: float, awaited: Sequence[tuple[int, int]]) -> None:
         """TimeoutError at the deadline."""
         if not self._server.wait_for(awaited, deadline):
             raise TimeoutError
