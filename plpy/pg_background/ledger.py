@@ -164,7 +164,7 @@ class Ledger:
         """What a predecessor left as running: sessions hand it over, that predecessor ends it, or it is lost."""
         rows = self.ask(lambda store: store.running()) or []
         self.inherited = {row[KEY]: row for row in rows}
-        if rows and self.ask(lambda store: store.is_alone()):
+        if rows and self.is_alone():
             self.look_after_inherited(())
             self.look_after_inherited(())
             self.flush()

@@ -1040,8 +1040,7 @@ class Supervisor:
 
         A job is handed over before its transaction has committed, and so before others see its marker.
         """
-        waits = any(channel.queue is not None and channel.queue.is_busy for channel in self._channels.values())
-        if not waits and self._ledger.ask(lambda store: store.is_alone()):
+        if not self._waits_for_commits() and self._ledger.is_alone():
             self._ledger.ask(lambda store: store.sweep_markers())
 
     # --- the end ---
