@@ -68,3 +68,9 @@ def listed(session: Session, schema: str = "public") -> list[Listed]:
     """The tracked workers that the session's role may manage, oldest first."""
     query = f"SELECT * FROM {schema}.pg_background_list_v2() AS l({LIST_COLUMNS}) ORDER BY launched_at"
     return [Listed(*row) for row in session.rows(query)]
+
+
+def is_waiting(session: Session, handle: Handle, event: str) -> bool:
+    """Whether a worker's backend waits for this; only when it works does pg_cancel_backend reach its SQL."""
+    query = "SELECT wait_event = %s FROM pg_stat_activity WHERE pid = %s"
+    return bool(session.rows(query, (event, handle.pid)) == [(True,)])

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_waiting, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
 
 Connect = Callable[..., Session]
@@ -72,11 +72,6 @@ def stats(session: Session) -> dict[str, Any]:
         " FROM pg_background_stats_v2()"
     )
     return dict(zip(columns.split(", "), session.rows(query)[0]))
-
-
-def is_waiting(session: Session, handle: Handle, event: str) -> bool:
-    query = "SELECT wait_event = %s FROM pg_stat_activity WHERE pid = %s"
-    return bool(session.rows(query, (event, handle.pid)) == [(True,)])
 
 
 @pytest.fixture

@@ -168,7 +168,6 @@ def test_jobs_after_a_commit(session: Session, text: str) -> None:
     assert session.rows("SELECT t FROM kept") == [(text,)]
 
 
-@pytest.mark.xfail(reason="open: with other servers busy, outcomes are at times missing after the move", strict=False)
 def test_the_extension_in_a_schema_of_such_a_name(
     cluster: Cluster, conn: Session, connect: Callable[..., Session], current_database: str, text: str
 ) -> None:

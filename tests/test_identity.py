@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from tests.background import Handle, is_waiting
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
 
 Connect = Callable[..., Session]
@@ -334,6 +335,7 @@ def test_nothing_made_before_the_switch_is_left(alice: Session) -> None:
 def test_only_members_may_signal_a_worker(alice: Session, connect: Connect, role: NewRole) -> None:
     bob = connect(role("bob"))
     pid = alice.value("SELECT public.pg_background_launch('SELECT pg_sleep(60)')")
+    wait_until(lambda: is_waiting(alice, Handle(pid, 0), "PgSleep"))
     for signal in ("pg_cancel_backend", "pg_terminate_backend"):
         with sqlstate("42501"):
             bob.value(f"SELECT {signal}(%s)", (pid,))

@@ -55,7 +55,7 @@ def test_launch_returns_before_the_work_is_done(alice: Session, conn: Session) -
     handle = launch(alice, "SELECT pg_sleep(30)")
     assert alice.value("SELECT pg_background_wait_v2_timeout(%s, %s, 0)", handle) is False
     assert listed(alice)[0].state == "running"
-    conn.execute("SELECT pg_cancel_backend(%s)", (handle.pid,))
+    conn.execute("SELECT pg_terminate_backend(%s)", (handle.pid,))  # heeded even before its SQL has arrived
     wait(alice, handle)
     detach(alice, handle)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from psycopg import sql
 
-from tests.background import Handle, detach, launch, listed, result, wait
+from tests.background import Handle, detach, is_waiting, launch, listed, result, wait
 from tests.clusters import Role, Session, wait_until
 from tests.test_survival import ended, submit
 
@@ -127,6 +127,7 @@ def _ends(alice: Session, conn: Session) -> dict[str, tuple[Handle, tuple[str, s
         if state == "canceled":
             alice.execute("SELECT pg_background_cancel_v2(%s, %s)", handle)
         elif kind == "pg_cancel_backend":
+            wait_until(lambda: is_waiting(conn, handle, "PgSleep"))  # noqa: B023 - called at once
             conn.execute("SELECT pg_cancel_backend(%s)", (handle.pid,))
         elif code == "57P01":
             conn.execute("SELECT pg_terminate_backend(%s, 10000)", (handle.pid,))

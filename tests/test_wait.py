@@ -13,7 +13,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import LIST_COLUMNS, Handle, detach, launch, listed, result, run, wait
+from tests.background import LIST_COLUMNS, Handle, detach, is_waiting, launch, listed, result, run, wait
 from tests.clusters import EXTENSIONS, Cluster, Session, sqlstate, wait_until
 
 REACTION_SECONDS = 0.2
@@ -39,6 +39,7 @@ def held(alice: Session, connect: Callable[..., Session]) -> Iterator[Handle]:
     holder = connect()
     holder.execute("SELECT pg_advisory_lock(77)")
     handle = launch(alice, "SELECT pg_advisory_xact_lock_shared(77)")
+    wait_until(lambda: is_waiting(holder, handle, "advisory"))
     yield handle
     holder.execute("SELECT pg_terminate_backend(%s, 5000)", (handle.pid,))
     if not alice.closed and any(worker.pid == handle.pid for worker in listed(alice)):

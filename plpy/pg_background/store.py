@@ -70,7 +70,8 @@ class Store:
         self._recovery_in_progress = ctypes.PyDLL(None).RecoveryInProgress
         self._recovery_in_progress.restype = ctypes.c_bool
         self._in_recovery = True
-        self._prepare()
+        if not self._prepare():
+            plpy.error("the extension pg_background is not there", sqlstate="42704")
 
     def is_out_of_reach(self) -> bool:
         """Whether this is a hot standby, which can neither read nor write unlogged tables; a promotion ends that."""
@@ -82,18 +83,25 @@ class Store:
     def find_table(self) -> bool:
         """Whether the table is there for us, perhaps in another schema than before."""
         try:
-            self._prepare()
+            if not self._prepare():
+                return False
             self._plpy.execute(self._running, 1)
-        except Exception:  # noqa: BLE001 - no extension any more, or its schema is closed to us
+        except Exception:  # noqa: BLE001 - it has just gone
             return False
         finally:
             self._plpy.commit()
         return True
 
-    def _prepare(self) -> None:
+    def _prepare(self) -> bool:
+        """Plan the statements; False when there is no extension any more, or its schema is closed to us.
+
+        The catalog is asked, since PL/Python cannot pass on an error whose text is neither ASCII nor UTF-8: the
+        refusal would end this backend.
+        """
         plpy = self._plpy
-        schema = plpy.execute(
-            "SELECT n.nspname::pg_catalog.text AS name"
+        found = plpy.execute(
+            "SELECT n.nspname::pg_catalog.text AS name,"
+            " pg_catalog.has_schema_privilege(CURRENT_USER, n.oid, 'USAGE') AS is_open"
             " FROM pg_catalog.pg_extension e"
             " JOIN pg_catalog.pg_depend d"
             "   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid"
@@ -103,8 +111,10 @@ class Store:
             " JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
             " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
             f" AND c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
-        )[0]["name"]
-        schema = self._quoted(schema)
+        )
+        if not found or not found[0]["is_open"]:
+            return False
+        schema = self._quoted(found[0]["name"])
         name = f"{schema}.{TABLE}"
         columns = ", ".join(COLUMNS)
         updates = ", ".join(f"{column} = EXCLUDED.{column}" for column in COLUMNS[1:])
@@ -135,7 +145,6 @@ class Store:
             "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)))",
             ["pg_catalog.int8"],
         )
-
         # A role may hold the lock on its own marker for as long as it likes.
         self._sweep = plpy.prepare(
             f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.ctid OPERATOR(pg_catalog.=) ANY (ARRAY("
@@ -143,6 +152,7 @@ class Store:
             " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
             " FOR UPDATE SKIP LOCKED))"
         )
+        return True
 
     def _quoted(self, name: str) -> str:
         """A name for a statement, in plain ASCII where the server would take PL/Python's UTF-8 for its own encoding."""

@@ -24,6 +24,8 @@ _LOOK_S = 0.01  # a look at the signals takes as long as a message
 
 def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     """Serve a database. 55P03 when another supervisor does already."""
+    # PL/Python cannot pass on an error whose text is neither ASCII nor UTF-8, as a translated one may be.
+    plpy.execute("SELECT pg_catalog.set_config('lc_messages', 'C', false)")
     store = Store(plpy)
     switch.become(plpy, role_oid, None, (), held_to_limits=False)
     plpy.commit()
