@@ -210,3 +210,9 @@ def test_planted_module_of_the_same_name_is_not_used(
     )
     _works(mallory, "bg")
     _works(conn, "bg")
+
+
+def test_create_extension_leaves_each_module_compiled_by_the_servers_python(conn: Session, fresh_database: str) -> None:
+    bodies = "SELECT count(*), count(*) FILTER (WHERE prosrc ~ '::pg_catalog.text /\\* [0-9a-f-]{17} [^ ]+ \\*/$')"
+    ((modules, compiled),) = conn.rows(f"{bodies} FROM pg_proc WHERE starts_with(proname, '_pg_background_module_')")
+    assert modules == compiled > 30

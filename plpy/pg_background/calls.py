@@ -30,6 +30,7 @@ from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .beyond import Beyond
+    from .bootstrap import Module
 
 _LAST_ERROR_CHARACTERS = 512
 MAX_TIMEOUT_MS = 86_400_000
@@ -62,10 +63,10 @@ def reply(method: Method) -> Method:
 class Runtime:
     """The extension in one session."""
 
-    def __init__(self, plpy: Any, memory: dict[str, Any], digest: str, read_source: Callable[[str], str]) -> None:
+    def __init__(self, plpy: Any, memory: dict[str, Any], digest: str, read_module: Callable[[str], Module]) -> None:
         self._server = Server(plpy)
         settings.define(self._server, memory)
-        self._registry = Registry(self._server, digest, read_source)
+        self._registry = Registry(self._server, digest, read_module)
         self._configurations = settings.Configurations(self._server, output_settings.NAMES)
         self._reading: dict[int, Reading] = {}
         self._reader_settings = output_settings.ReaderSettings(self._server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import fcntl
 import os
 import socket
@@ -20,6 +21,8 @@ from .session import WorkerSession, report_of
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
+
+    from .bootstrap import Module
 
 ROLE = "pgbackground_supervisor"
 APPLICATION_NAME = "pg_background supervisor"
@@ -113,12 +116,12 @@ class Control:
     """The control connection of this session."""
 
     def __init__(
-        self, server: Server, loopback: Callable[[], Loopback], digest: str, read_source: Callable[[str], str]
+        self, server: Server, loopback: Callable[[], Loopback], digest: str, read_module: Callable[[str], Module]
     ) -> None:
         self._server = server
         self._loopback = loopback
         self._digest = digest
-        self._read_source = read_source
+        self._read_module = read_module
         self._path = messages.socket_path(server.database_oid)
         self._socket: socket.socket | None = None
         self._requests = 0
@@ -480,12 +483,14 @@ class Control:
     def _start_block(self) -> bytes:
         """A DO block that brings its modules along: nothing is called by a name that could be planted."""
         role_oid = self._role_oid()
-        sources = {module: self._read_source(module) for module in _MODULES}
+        codes = {module: binascii.b2a_base64(self._read_module(module).code(), newline=False) for module in _MODULES}
         body = (
-            f"sources = {sources!a}\n"
+            "from binascii import a2b_base64\n"
+            "from marshal import loads\n"
+            f"codes = {codes!a}\n"
             "scope = {'__name__': 'pg_background.bootstrap'}\n"
-            "exec(sources['bootstrap'], scope)\n"
-            "scope['install_importer'](sources.__getitem__)\n"
+            "exec(loads(a2b_base64(codes['bootstrap'])), scope)\n"
+            "scope['install_importer'](lambda name: a2b_base64(codes[name]))\n"
             "from pg_background import supervisor_main\n"
             f"supervisor_main.main(plpy, {role_oid}, {self._server.database_oid}, {self._digest!a})\n"
         ).replace("$", "\\x24")

@@ -15,6 +15,7 @@ from .store import KEY, MAX_ROWS, Row, Store
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _BATCH_ROWS = 1000
 _RETRY_S = 1.0  # a table that could not be written is tried again after this
+_FORWARD_S = 0.02  # and a successor, to whom its sessions turn
 _LAST_TRIES, _LAST_PAUSE_S = 10, 0.05
 # Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
 _PASSING = ("53", "55", "57", "58", "40")
@@ -97,7 +98,7 @@ class Ledger:
         Not before others can take its place: it would send to itself.
         """
         for _ in range(_LAST_TRIES):
-            if not self._dirty or self._store is None or self._store.is_out_of_reach():
+            if not self._dirty or (self._store is not None and self._store.is_out_of_reach()):
                 return
             rows, self._dirty = self._dirty, {}
             self._forward(rows)
@@ -157,6 +158,7 @@ class Ledger:
             except OSError:
                 pass  # none is there, or it has much to do: the next attempt sends the rest
         self._keep_for_later(rows)
+        self._flush_at = time.monotonic() + _FORWARD_S
 
     # --- what a predecessor has left ---
 
@@ -178,7 +180,12 @@ class Ledger:
 
     def is_alone(self) -> bool:
         """Whether no predecessor is there."""
-        return bool(self.ask(lambda store: store.is_alone()))
+        if self._store is None:
+            return False
+        # A standby can answer this, and nothing else.
+        return (
+            self._store.is_alone() if self._store.is_out_of_reach() else bool(self.ask(lambda store: store.is_alone()))
+        )
 
     def inherited_row(self, pid: int) -> Row | None:
         """The row of the job that this process runs, if a predecessor wrote it."""

@@ -7,15 +7,20 @@ which a job has made one that its launcher has not is not used again; the count 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from typing import Any
+
+TYPE_CHECKING = False  # as typing's, which takes 2 ms to import
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from .bootstrap import Module
 
 
 class Runtime:
     """What _pg_background_placeholders needs, in one backend."""
 
-    def __init__(self, plpy: Any, memory: dict[str, Any], key: str, read_source: Callable[[str], str]) -> None:
-        del memory, key, read_source
+    def __init__(self, plpy: Any, memory: dict[str, Any], key: str, read_module: Callable[[str], Module]) -> None:
+        del memory, key, read_module
         self._plpy = plpy
         self._server = ctypes.PyDLL(None)
         self._of_total = (-1, 0)

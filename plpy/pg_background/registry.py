@@ -28,6 +28,7 @@ from .settings import Configuration
 from .worker import Job, State, Worker
 
 if TYPE_CHECKING:
+    from .bootstrap import Module
     from .on_commit import OnCommit
 
 _REMEMBERED = 200
@@ -50,13 +51,13 @@ class Released(NamedTuple):
 class Registry:
     """Starts workers, finds them by handle, and lets them go."""
 
-    def __init__(self, server: Server, digest: str, read_source: Callable[[str], str]) -> None:
+    def __init__(self, server: Server, digest: str, read_module: Callable[[str], Module]) -> None:
         self.server = server
         self.type_names = TypeNames(server)
         self._styles = TypeStyles(server)
         self._inheritance = Inheritance(server)
         self._loopback: Loopback | None = None
-        self.control = Control(server, self._loopback_of_session, digest, read_source)
+        self.control = Control(server, self._loopback_of_session, digest, read_module)
         self.control.listener = self
         self._pool = Pool(server)
         self._configuration: Configuration | None = None  # of the latest launch

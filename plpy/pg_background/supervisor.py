@@ -38,6 +38,7 @@ _PRUNE_S = 60.0
 _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
 # A worker that a young supervisor has not heard of: its session may not have come over yet, or its row not be written.
 _HAND_OVER_S = 2.0
+_LATE_ROW_S = 0.5  # a job that is not known is looked for so long, while a predecessor may send its row
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
 _MAX_EVENTS = 1 << 16
 # Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
@@ -93,6 +94,7 @@ class Supervisor:
         self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
         self._has_had_no_link = True
+        self._alone = False  # no predecessor is left that could send what it cannot write
         self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
@@ -942,7 +944,22 @@ class Supervisor:
         return None
 
     def _on_find(self, link: Link, request: int, pid: int, cookie: int) -> None:
-        self._questions.append(lambda: self._send(link, [messages.REPLY, request, self._row(pid, cookie)]))
+        until = time.monotonic() + _LATE_ROW_S
+        self._questions.append(lambda: self._reply_with_row(link, request, pid, cookie, until))
+
+    def _reply_with_row(self, link: Link, request: int, pid: int, cookie: int, until: float) -> None:
+        row = self._row(pid, cookie)
+        if row is None and self._may_hear_more(until):
+            self._asked_too_early.append(lambda: self._reply_with_row(link, request, pid, cookie, until))
+            return
+        self._send(link, [messages.REPLY, request, row])
+
+    def _may_hear_more(self, until: float) -> bool:
+        """Whether a predecessor may send a row that it cannot write; also once after its end, as it may lie unread."""
+        if self._alone or time.monotonic() > until:
+            return False
+        self._alone = self._ledger.is_alone()
+        return True
 
     def _row(self, pid: int, cookie: int) -> Row | None:
         """What is known of a handle: from memory, or from the table when it ended long ago."""
@@ -951,9 +968,10 @@ class Supervisor:
 
     def _on_wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
         link.waiting[request] = None
-        self._questions.append(lambda: self._wait(link, request, pid, cookie))
+        until = time.monotonic() + _LATE_ROW_S
+        self._questions.append(lambda: self._wait(link, request, pid, cookie, until))
 
-    def _wait(self, link: Link, request: int, pid: int, cookie: int) -> None:
+    def _wait(self, link: Link, request: int, pid: int, cookie: int, until: float) -> None:
         if request not in link.waiting:
             return  # given up meanwhile
         job = self._find(pid, cookie)
@@ -962,9 +980,9 @@ class Supervisor:
             link.waiting[request] = job
         else:
             row = self._row(pid, cookie)
-            if row is not None and row["state"] == "running":
+            if row["state"] == "running" if row is not None else self._may_hear_more(until):
                 # A predecessor sees it to its end, and writes that down.
-                self._asked_too_early.append(lambda: self._wait(link, request, pid, cookie))
+                self._asked_too_early.append(lambda: self._wait(link, request, pid, cookie, until))
                 return
             del link.waiting[request]
             self._send(link, [messages.REPLY, request, row])
