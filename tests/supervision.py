@@ -19,9 +19,8 @@ def supervisor_pids(session: Session) -> list[int]:
 
 
 def supervisor_pid(session: Session) -> int:
-    """Process id of the one supervisor."""
-    (pid,) = wait_until(lambda: supervisor_pids(session), what="a supervisor")
-    return int(pid)
+    """Process id of the one supervisor; one that makes room for it may need a moment."""
+    return wait_until(lambda: (pids := supervisor_pids(session)) and len(pids) == 1 and pids[0], what="one supervisor")
 
 
 def terminate_supervisor(session: Session) -> int:

@@ -8,7 +8,6 @@ import marshal
 import sys
 
 import pytest
-
 from pg_background.bootstrap import Module, install_importer
 
 _BODY = "SELECT $module$answer = 41 + 1\n$module$::pg_catalog.text"
@@ -71,5 +70,5 @@ def test_importer_loads_what_it_is_given_and_nothing_else() -> None:
             importlib.import_module("pg_background.others")
     finally:
         sys.meta_path[:] = finders
-        for name in [name for name in sys.modules if name not in modules]:
-            del sys.modules[name]
+        sys.modules.clear()
+        sys.modules.update(modules)
