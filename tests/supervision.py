@@ -20,7 +20,9 @@ def supervisor_pids(session: Session) -> list[int]:
 
 def supervisor_pid(session: Session) -> int:
     """Process id of the one supervisor; one that makes room for it may need a moment."""
-    return wait_until(lambda: (pids := supervisor_pids(session)) and len(pids) == 1 and pids[0], what="one supervisor")
+    wait_until(lambda: len(supervisor_pids(session)) == 1, what="one supervisor")
+    (pid,) = supervisor_pids(session)
+    return pid
 
 
 def terminate_supervisor(session: Session) -> int:
