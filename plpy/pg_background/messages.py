@@ -22,7 +22,9 @@ JOB = "job"  # row of the job (see store.COLUMNS), extras; with the worker's soc
 # row of the job, extras; with the worker's socket as JOB, and a file in memory that holds deferral.Packet
 DEFER = "defer"
 FINISHED = "finished"  # key, changed columns of its row, time.monotonic() after the end
-DETACH = "detach"  # worker pid: the session lets go, the supervisor reads to the end
+# worker pid, number of the clean-up's answers: the session lets go, the supervisor reads to the end. With a clean-up
+# it tells of both ends, as for a submitted job, and the connection is used again.
+DETACH = "detach"
 CLOSED = "closed"  # worker pid: the connection is no more
 WRITING = "writing"  # worker pid, whether: while true, the job has not been sent whole
 MOVED_ON = "moved on"  # this link's workers are another supervisor's now
@@ -44,7 +46,7 @@ RECORD = "record"  # row that the sender cannot write any more; sessions send it
 WELCOME = "welcome"
 OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
 ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
-# worker pid, key, time.monotonic() of its termination or null: another session has asked the worker to stop
+# worker pid, key, time.monotonic() of its termination or null: a session has asked the worker to stop
 CANCELING = "canceling"
 MOVED = "moved"  # another supervisor will take over: connect anew
 NO_DESCRIPTOR = "no descriptor"  # this supervisor may not open more files; the connection ends

@@ -329,9 +329,9 @@ class Registry:
         )
         worker.backlog.clear()
         if not worker.ended:
-            worker.detached = True
+            kept = len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
             self._elsewhere[worker.key] = worker
-            self.control.tell([messages.DETACH, worker.pid])
+            worker.detach(keep_session=kept < worker.configuration.pool_size)
         elif not worker.job.submitted:
             self._keep_or_end(worker)
 
@@ -385,7 +385,8 @@ class Registry:
 
     def put_back(self, session: WorkerSession, *, clean: bool) -> None:
         """Keep a session for the next job, or end it."""
-        if clean and self._configuration is not None and self._pool.has_room(self._configuration.pool_size):
+        room = self._configuration is not None and self._pool.has_room(self._configuration.pool_size)
+        if clean and room and session.resynchronize():
             self._pool.put(session)
         else:
             self._end_session(session)

@@ -235,8 +235,12 @@ class Server:
 
     def is_readable(self, descriptor: int) -> bool:
         """Whether something has arrived, without waiting."""
+        return self.is_ready(descriptor, READABLE)
+
+    def is_ready(self, descriptor: int, events: int) -> bool:
+        """Whether the descriptor is ready for this, without waiting."""
         polled = self._poll_arrays[1]
-        polled[0].fd, polled[0].events = descriptor, READABLE
+        polled[0].fd, polled[0].events = descriptor, events
         return bool(self._poll(polled, ctypes.c_ulong(1), 0) > 0)
 
     def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,7 @@ class WorkerSession:
         self._custom_names: frozenset[bytes] = frozenset()
         self._proven_answer = b""
         self._answers_awaited = 0
+        self._out_of_step = False  # libpq waits for an answer that another process has read
 
     @classmethod
     def start(
@@ -197,6 +199,46 @@ class WorkerSession:
         if self._write_some(packet) != len(packet):
             raise BackgroundError(backend_died(self.pid))
         self._answers_awaited = CLEAN_UP_ANSWERS
+
+    def has_room_for(self, packet: bytes) -> bool:
+        """Whether a packet of a few kilobytes can be written at once."""
+        return len(packet) <= _WRITE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
+
+    def queue_clean_up(self, packet: bytes) -> None:
+        """Send the clean-up behind a job whose answer the supervisor reads, not libpq."""
+        self._out_of_step = True
+        self.write(packet, lambda _: None)
+
+    def resynchronize(self) -> bool:
+        """Whether libpq can be used: where the supervisor has read the answer that it waits for, it gets another one.
+
+        libpq cannot be told that a query is over. So it reads an empty query's answer, from another socket that takes
+        the connection's place for that moment.
+        """
+        if not self._out_of_step:
+            return True
+        try:
+            self._read_empty_answer()
+        except OSError:
+            return False  # no descriptor is left
+        self._out_of_step = False
+        return self.is_idle
+
+    def _read_empty_answer(self) -> None:
+        descriptor = self.connection.socket
+        here, there = socket.socketpair()
+        with here, there:
+            kept = os.dup(descriptor)
+            try:
+                os.dup2(there.fileno(), descriptor, inheritable=False)
+                here.send(wire.EMPTY_ANSWER)
+                while self.connection.is_busy():
+                    self.connection.consume_input()
+                while self.connection.get_result() is not None:
+                    pass
+            finally:
+                os.dup2(kept, descriptor, inheritable=False)
+                os.close(kept)
 
     @property
     def is_clean_up_done(self) -> bool:

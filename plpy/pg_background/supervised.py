@@ -37,17 +37,15 @@ class Job:
     """One job: its row, and who waits for its end."""
 
     def __init__(self, row: Row, extras: Mapping[str, Any]) -> None:
-        clean_ups = int(extras.get("clean_ups", 0))
         self.row = row
         self.started = float(extras.get("started", 0))  # time.monotonic() of the session, before it sent the job
         self.tags_after = 1 if extras.get("probe") else 0
         self.tags_of_commit: int | None = extras.get("tags_of_commit")
-        self.groups_after = clean_ups
+        self.groups_after = int(extras.get("clean_ups", 0))
         self.waiters: list[tuple[Link, int]] = []
         self.canceled = bool(extras.get("canceled"))
         self.timed_out = False
         self.kill_at: float | None = extras.get("terminate_at")  # of time.monotonic()
-        self.connection_kept = clean_ups > 0
 
     @property
     def running(self) -> bool:
@@ -66,7 +64,7 @@ class Channel:
         self.job: Job | None = None
         self.previous: Job | None = None
         self.watched = False  # by epoll
-        self.reads = False  # a submitted job: read message by message
+        self.reads = False  # a submitted job, or a detached one that another may follow: read message by message
         self.drains = False  # nobody else reads it any more: read to the end of the connection
         self.queue: Queue[Job] | None = None  # jobs that wait for a commit
         self.writing = False  # the session has not sent the whole job yet

@@ -453,7 +453,7 @@ class Supervisor:
         if extras.get("again"):
             row = self._row_so_far(row)
         if row["state"] != "running":
-            self._tell_end(link, row)
+            self._tell_end(link, row, [])
             return
         if self._has_already(link, pid, key):
             return
@@ -504,10 +504,10 @@ class Supervisor:
             return dict(known)
         return dict(row, progress_pct=known.get("progress_pct"), progress_msg=known.get("progress_msg"))
 
-    def _tell_end(self, link: Link, row: Row) -> None:
+    def _tell_end(self, link: Link, row: Row, clean_up: list[str | None] | None) -> None:
         """A submitted or detached job that ended before its session could hear of it."""
         changes = {name: value for name, value in row.items() if name in ENDS and value is not None}
-        self._send(link, [messages.ENDED, row["pid"], row[KEY], changes, []])
+        self._send(link, [messages.ENDED, row["pid"], row[KEY], changes, clean_up])
 
     def _adopt(self, link: Link, pid: int, start: int | None, descriptor: int) -> None:
         old = self._channels.get(pid)
@@ -573,19 +573,33 @@ class Supervisor:
             self._unwatch(channel)
         self._end(job, changes, at)
 
-    def _on_detach(self, link: Link, pid: int) -> None:
+    def _on_detach(self, link: Link, pid: int, clean_ups: int) -> None:
         channel = self._channels.get(pid)
         if channel is None or channel.link is not link:
             return  # its backend has gone, of which the session has been told
-        if channel.job is not None and channel.job.running:
+        job = channel.job
+        if channel.drains:
+            return  # handed over again as a detached one
+        if job is None:
+            self._close_channel(channel)
+        elif clean_ups:
+            self._read_with_clean_up(channel, link, job, clean_ups)
+        elif job.running:
             self._drain(channel)
             self._terminate_after_job(channel)
-            return
-        if channel.reads:
-            return  # the session has been told of the end, and may have kept the connection by now
-        if channel.job is not None:
-            self._tell_end(link, channel.job.row)  # seen here before the session looked
-        self._close_channel(channel)
+        else:
+            self._tell_end(link, job.row, [])  # seen here before the session looked
+            self._close_channel(channel)
+
+    def _read_with_clean_up(self, channel: Channel, link: Link, job: Job, clean_ups: int) -> None:
+        """Of this worker's output its session has read nothing, and nothing but the clean-up follows it."""
+        if not job.running:
+            self._tell_end(link, job.row, None)  # seen here before the session looked
+        job.groups_after = clean_ups
+        channel.reads = True
+        channel.answers_left = 1 + clean_ups
+        self._watch(channel)
+        self._ready.append(channel)
 
     def _on_closed(self, link: Link, pid: int) -> None:
         channel = self._channels.get(pid)
@@ -696,9 +710,10 @@ class Supervisor:
         channel.answers_left -= 1
         job, link = channel.job, channel.link
         assert job is not None
-        if job.running:
-            changes = self._outcome_of(job, answer)
-            self._tell_ended(channel, job, changes, None)
+        if channel.answers_left == job.groups_after:
+            if job.running:
+                answer.tag = answer.tag_before if job.tags_after else answer.tag
+                self._tell_ended(channel, job, self._outcome_of(job, answer), None)
             return
         channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left:
@@ -882,7 +897,7 @@ class Supervisor:
             if grace_ms is not None:
                 job.kill_at = time.monotonic() + grace_ms / 1000
             channel = self._channels.get(job.row["pid"])
-            if channel is not None and channel.link is not None and channel.link is not link:
+            if channel is not None and channel.link is not None:
                 self._send(channel.link, [messages.CANCELING, channel.pid, job.row[KEY], job.kill_at])
             self._stop(job, time.monotonic())
             if job.running and channel is not None and self._waiting_job(channel, job.row["cookie"]) is job:

@@ -28,6 +28,7 @@ _MAX_WHOLE_BYTES = 1 << 15
 PEEK, _DO_NOT_WAIT = int(socket.MSG_PEEK), int(socket.MSG_DONTWAIT)
 
 TERMINATE = b"X\0\0\0\4"
+EMPTY_ANSWER = b"I\0\0\0\4" + READY_FOR_QUERY  # to an empty query
 
 _FIELD_NAMES = {
     "C": "sqlstate",
@@ -63,10 +64,11 @@ def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None]) -> byte
 
 
 class Answer:
-    """What matters of a group of messages: its last command tag, its error, its last row."""
+    """What matters of a group of messages: its last command tags, its error, its last row."""
 
     def __init__(self) -> None:
         self.tag: bytes | None = None
+        self.tag_before: bytes | None = None
         self.tags = 0  # how many, as far as was read
         self.error: bytes | None = None
         self.row: bytes | None = None
@@ -75,7 +77,7 @@ class Answer:
     def take(self, kind: bytes, body: bytes) -> None:
         """Note one message of the group."""
         if kind == b"C":
-            self.tag = body.rstrip(b"\0")
+            self.tag_before, self.tag = self.tag, body.rstrip(b"\0")
         elif kind == b"E" and self.error is None:
             self.error = body
         elif kind == b"D":

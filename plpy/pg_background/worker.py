@@ -6,6 +6,7 @@ import enum
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
@@ -86,6 +87,8 @@ class Worker:
     announced = False  # the supervisor knows of it
     _announced_on = 0  # which connection to a supervisor that was
     detached = False
+    _touched = False  # of its output something was read
+    _clean_ups = 0  # answers that follow the job's
     signaled = False  # a cancel may still be on its way: the session is not reused
     cancel_requested = False
     stop_message: str | None = None  # why, where the server does not know it
@@ -164,6 +167,7 @@ class Worker:
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
+        self._clean_ups = CLEAN_UP_ANSWERS
         self.tell_supervisor()
         encoded, parameters = self._server.encode(self.job.sql), self.job.parameters
         packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
@@ -175,6 +179,22 @@ class Worker:
         self._writing = writing
         self._control.tell([messages.WRITING, self.pid, writing])
 
+    def detach(self, *, keep_session: bool) -> None:
+        """Leave the rest to the supervisor, as a submitted job's; with a clean-up where another job may follow."""
+        self.detached = True
+        if self.job.submitted:
+            return
+        packet = b""
+        # Nothing was read, so that the stream is at the start of this job's answer, and nothing was sent in part.
+        if keep_session and not (self._touched or self._writing or self.signaled):
+            packet = self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
+        if packet and self.session.has_room_for(packet):
+            self._clean_ups = CLEAN_UP_ANSWERS
+        self._control.tell([messages.DETACH, self.pid, self._clean_ups])
+        if self._clean_ups:
+            with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
+                self.session.queue_clean_up(packet)
+
     def tell_supervisor(self, *, again: bool = False) -> None:
         """Announce the job; the worker's socket goes with it if this supervisor has not got it yet.
 
@@ -184,8 +204,8 @@ class Worker:
         extras: dict[str, Any] = {"started": self._started, "tags_of_commit": self._tags_of_commit}
         if self._probes:
             extras["probe"] = True
-        if self.job.submitted:
-            extras["clean_ups"] = CLEAN_UP_ANSWERS
+        if self._clean_ups:
+            extras["clean_ups"] = self._clean_ups
         if self.configuration.worker_timeout_ms:
             extras["timeout_ms"] = self.configuration.worker_timeout_ms
         if again:
@@ -374,6 +394,7 @@ class Worker:
     # --- taking in ---
 
     def _consume(self) -> None:
+        self._touched = True
         try:
             self.session.connection.consume_input()
         except Exception as error:  # psycopg.OperationalError: not importable before psycopg is
