@@ -329,7 +329,9 @@ class Beyond:
             "error_info": self._error_info,
             "full_sql": self._full_sql,
             "progress": self._progress,
-        }[what]
+        }.get(what)
+        if tell is None:
+            raise background_error(INVALID_PARAMETER_VALUE, f'nothing is told of "{what}"')
         return tell(Handle(pid, cookie))
 
     def _outcome(self, handle: Handle) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from . import switch, wire
@@ -21,6 +23,9 @@ _WRITE_BYTES = 1 << 16
 _IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 _CONNECTION_OK = 0  # ConnStatus.OK
+
+# What PL/Python puts before the message of an error in the switch, a cancel's for example.
+_PYTHON_ERROR = re.compile(r"^(?:plpy|spiexceptions)\.\w+: ")
 
 # Fields of the protocol's ErrorResponse and NoticeResponse.
 _FIELD_CODES = {
@@ -318,7 +323,7 @@ class WorkerSession:
                 last = result
         if last is None or last.status not in _RESULT_OK:
             report = backend_died(self.pid) if last is None else report_of(last, self._server)
-            raise BackgroundError(report)
+            raise BackgroundError(replace(report, message=_PYTHON_ERROR.sub("", report.message), context=None))
         return last
 
     def _take_in(self) -> bool:
