@@ -281,12 +281,22 @@ def waits(server: ScratchServer, repeats: int) -> Iterable[Measured]:
 
     yield interleaved("wake-up after the end of the work", {OURS: woke}, repeats)
 
+    yield _wait_any_among(server, 100, repeats)
+
     progress = (
         "SELECT * FROM pg_background_result(pg_background_launch('SELECT extract(epoch FROM b - a)::float8 FROM"
         " (SELECT clock_timestamp() AS a, (SELECT count(pg_background_progress(g / 100, ''step'')) FROM"
         " generate_series(1, 10000) g), clock_timestamp() AS b OFFSET 0) AS t')) AS (s float8)"
     )
     yield interleaved("progress call, 10,000 in a loop", {OURS: lambda: session.value(progress) / 10000}, repeats)
+
+    fresh = Session(server, "app", pool_size=0)
+    once = (
+        "SELECT * FROM pg_background_result(pg_background_launch('SELECT extract(epoch FROM b - a)::float8 FROM"
+        " (SELECT clock_timestamp() AS a, pg_background_progress(1), clock_timestamp() AS b OFFSET 0) AS t'))"
+        " AS (s float8)"
+    )
+    yield interleaved("first progress call of a fresh backend", {OURS: lambda: fresh.value(once)}, repeats, "ms", 1e3)
 
     def first() -> float:
         with psycopg.connect(session.conninfo, autocommit=True) as connection:
@@ -304,6 +314,33 @@ def waits(server: ScratchServer, repeats: int) -> Iterable[Measured]:
 
     yield interleaved("first call of a session", {OURS: first}, repeats, "ms", 1e3)
     yield interleaved("second call of a session", {OURS: second}, repeats, "ms", 1e3)
+
+
+def _wait_any_among(server: ScratchServer, workers: int, repeats: int) -> Measured:
+    """From the end of one of them to the return of wait_any_v2."""
+    session = Session(server, "app", max_workers=2 * workers)
+    sleepers = f"SELECT (pg_background_launch_v2('SELECT pg_sleep(600)')).* FROM generate_series(2, {workers})"
+    session.execute("CREATE TEMP TABLE sleepers (pid int4, cookie int8); INSERT INTO sleepers " + sleepers)
+    wake = """
+        DO $$
+        DECLARE h pg_background_handle; ended timestamptz;
+        BEGIN
+            h := pg_background_launch_v2('SELECT pg_sleep(0.05), clock_timestamp()');
+            PERFORM pg_background_wait_any_v2(
+                (SELECT array_agg(ROW(s.pid, s.cookie)::pg_background_handle) || h FROM sleepers s), 0);
+            PERFORM set_config('bench.woke', extract(epoch FROM clock_timestamp())::text, false);
+            SELECT at INTO ended FROM pg_background_result_v2(h.pid, h.cookie) AS (v text, at timestamptz);
+            PERFORM set_config('bench.ended', extract(epoch FROM ended)::text, false);
+        END $$"""
+
+    def woke() -> float:
+        session.execute(wake)
+        return session.value("SELECT current_setting('bench.woke')::float8 - current_setting('bench.ended')::float8")
+
+    measured = interleaved(f"wake-up of wait_any_v2 among {workers} workers", {OURS: woke}, repeats)
+    session.execute("SELECT pg_background_cancel_all_v2()")
+    session.connection.close()
+    return measured
 
 
 def _pairs_for(conninfo: str, seconds: float, start: object, counts: object) -> None:
