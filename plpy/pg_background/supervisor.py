@@ -452,15 +452,18 @@ class Supervisor:
         pid, key = int(row["pid"]), int(row[KEY])
         if extras.get("again"):
             row = self._row_so_far(row)
-        if row["state"] != "running":
-            self._tell_end(link, row, [])
-            return
         if self._has_already(link, pid, key):
             return
         if descriptors:
             self._adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel = self._channels[pid]
+        channel = self._channels.get(pid)
         job = Job(row, extras)
+        if channel is None:
+            self._refuse(link, job)
+            return
+        if not job.running:
+            self._keep_ended(channel, link, job, read_here=bool(extras.get("unknown_position")))
+            return
         self._jobs[key] = job
         channel.previous, channel.job = channel.job, job
         channel.writing = bool(extras.get("writing"))
@@ -481,6 +484,21 @@ class Supervisor:
             self._watch(channel)
         else:
             self._unwatched.add(key)
+
+    def _refuse(self, link: Link, job: Job) -> None:
+        """A job in a connection that was given up here: what its session has sent behind this must be heard."""
+        changes = lost_connection(job)
+        self._jobs[job.row[KEY]] = job
+        self._send(link, [messages.ENDED, job.row["pid"], job.row[KEY], changes, []])
+        self._end(job, changes)
+
+    def _keep_ended(self, channel: Channel, link: Link, job: Job, *, read_here: bool) -> None:
+        """A job that is handed over again, whose end is known; a session that reads it itself keeps the connection."""
+        if read_here:
+            self._tell_end(link, job.row, [])
+            self._close_channel(channel)
+        else:
+            channel.job = job
 
     def _has_already(self, link: Link, pid: int, key: int) -> bool:
         """Whether this job's stream is being read here: its session has only come back over another link."""
@@ -763,11 +781,14 @@ class Supervisor:
         pid = int(row["pid"])
         if descriptors:
             self._adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel = self._channels[pid]
+        channel, job = self._channels.get(pid), Job(row, extras)
+        if channel is None:
+            self._refuse(link, job)
+            return
         channel.reads = True
         queue = channel.queue = channel.queue or Queue()
         queue.users = list(extras["users"])
-        job = self._jobs[int(row[KEY])] = Job(row, extras)
+        self._jobs[int(row[KEY])] = job
         self._ledger.note(row)
         idle = not queue.is_busy
         queue.waiting.append(Deferred(job, packet, int(extras["timeout_ms"])))
