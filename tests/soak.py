@@ -481,7 +481,9 @@ class Storm:
             f"in the server's log: {line}"
             for line in log.splitlines()
             if re.search(
-                r"was terminated by signal|PANIC:|TRAP:|ERROR:  (?!spiexceptions)[\w.]*(Error|Exception): ", line
+                r"was terminated by signal|PANIC:|TRAP:"
+                r"|ERROR:  (?!spiexceptions)[\w.]*(Error|Exception): (?!canceling )",
+                line,
             )
         ]
 

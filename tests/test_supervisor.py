@@ -21,7 +21,7 @@ from pg_background import messages, wire
 from pg_background.process import process_start
 
 from tests.background import Handle, detach, launch, listed, result, run, wait
-from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
+from tests.clusters import Cluster, Role, Session, server_log, server_log_size, sqlstate, wait_until
 from tests.supervision import descriptors, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_survival import ended, submit
 
@@ -604,3 +604,19 @@ def test_its_table_does_not_grow_with_the_number_of_jobs(fresh_database: str, co
     wait(conn, submit(conn, "SELECT 1"))
     assert conn.value(size) < 3 * first + 8192
     assert conn.value("SELECT count(*) FROM pg_background_activity WHERE state = 'stopped'") > 1900
+
+
+def test_a_worker_handed_over_after_its_end_runs_the_next_job(cluster: Cluster, alice: Session, conn: Session) -> None:
+    """Its session had not looked when another supervisor took over, which knew that end from the table."""
+    handle = launch(alice, "SELECT pg_sleep(0.2), 1")
+    wait(conn, handle)
+    logged = server_log_size(cluster)
+    terminate_supervisor(conn)
+    assert result(alice, handle, "a text, b int") == [("", 1)]
+    later = launch(alice, "SELECT 2")
+    assert result(alice, later, "n int") == [(2,)]
+    assert later.pid == handle.pid
+    outcome = "SELECT state, command_tag FROM pg_background_outcome_v2(%s, %s)"
+    for job in (handle, later):
+        wait_until(lambda job=job: conn.rows(outcome, job) == [("stopped", "SELECT 1")])  # type: ignore[misc]
+    assert "no message was expected" not in server_log(cluster, logged)

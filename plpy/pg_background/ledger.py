@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from typing import Any, Callable
 
 from . import messages
-from .outcomes import lost_connection, timestamp
+from .outcomes import LOST, lost_connection, timestamp
 from .process import process_start
-from .store import KEY, MAX_ROWS, Row, Store
+from .store import ENDS, KEY, MAX_ROWS, Row, Store
 
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _BATCH_ROWS = 1000
@@ -227,6 +227,6 @@ class Ledger:
     def record_end(self, key: int, changes: Row) -> None:
         """A job that a predecessor knew has ended before it could be handed over."""
         row = self.known_row(key)
-        if row is not None and row["state"] == "running":
-            row.update({"finished_at": timestamp(), **changes})
+        if row is not None and (row["state"] == "running" or row["sqlstate"] == LOST):
+            row.update({**dict.fromkeys(ENDS), "finished_at": timestamp(), **changes})
             self.note(row)

@@ -10,6 +10,7 @@ from . import messages, wire
 from .store import Row
 from .supervised import Channel, Job
 
+LOST = "08006"  # the outcome is unknown, as far as was seen
 _CLEAN_UP_TAG = b"DISCARD ALL"  # of the first answer that is not the job's
 
 
@@ -39,7 +40,7 @@ def outcome_of(job: Job, answer: wire.Answer, decode: Callable[[bytes], str]) ->
 def drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
     """The job's answer, with as many of the clean-up's behind it as have come."""
     for groups_after in range(job.groups_after, -1, -1):
-        answer = wire.last_answer(channel.tail, groups_after, job.tags_after)
+        answer = wire.last_answer(channel.tail, groups_after, job.tags_after, job.tags_of_commit)
         if answer is not None and (groups_after == job.groups_after or answer.tag != _CLEAN_UP_TAG):
             return answer
     return None
@@ -65,13 +66,13 @@ def canceled_before() -> Row:
 def never_ran() -> Row:
     """08006 as well: the session ended before it had sent the whole job."""
     message = "the launching session ended before it had sent the whole SQL, which did not run"
-    return {"state": "error", "sqlstate": "08006", "error_message": message, "finished_at": timestamp()}
+    return {"state": "error", "sqlstate": LOST, "error_message": message, "finished_at": timestamp()}
 
 
 def lost_connection(job: Job | None) -> Row:
     """08006: the worker's backend is gone, and what became of its job is not known, unless it was us."""
     message = "the background worker's backend ended, the outcome of its SQL is unknown"
-    state, sqlstate = "error", "08006"
+    state, sqlstate = "error", LOST
     if job is not None and job.kill_at is not None and time.monotonic() >= job.kill_at:
         if job.canceled:
             state, sqlstate, message = "canceled", "57P01", messages.TERMINATED

@@ -55,7 +55,6 @@ class Runtime:
         self._send: Callable[[bytes, int], int] | None = None
         self._connection: _socket.socket | None = None
         self._was_worker = False
-        self._was_answered = False  # the last question whether this is one
 
     def progress(self, percent: int | None, text: str | None) -> str | None:
         """Report; the reply is None or an error for _pg_background_checked."""
@@ -92,13 +91,11 @@ class Runtime:
                 self._drop()
             else:
                 return None
-        # A worker whose supervisor has gone: the next report finds the next supervisor.
-        if self._was_worker or (not self._was_answered and self._looks_like_a_worker()):
-            return None
-        return _NO_WORKER
+        # Its supervisor has gone, or its session has not told the next one of it: no reason for a job to fail.
+        return None if self._was_worker or self._looks_like_a_worker() else _NO_WORKER
 
     def _looks_like_a_worker(self) -> bool:
-        """By its name, which anybody can take: enough to drop a report that nobody is there for."""
+        """By its name, which anybody can take: enough to drop a report that nobody waits for."""
         shown = self._plpy.execute("SELECT pg_catalog.current_setting('application_name') AS name")
         return bool(shown[0]["name"] == _WORKER_NAME)
 
@@ -107,7 +104,6 @@ class Runtime:
         connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         connection.setblocking(False)
         self._connection = connection
-        self._was_answered = False
         try:
             known = self._is_known(connection, deadline)
         except OSError:
@@ -137,7 +133,6 @@ class Runtime:
         while time.monotonic() < deadline:
             if self._wait_until(select.POLLIN):
                 answer = connection.recv(_MAX_ANSWER_BYTES)
-                self._was_answered = bool(answer)
                 return answer.endswith(b",true]")
         return False
 

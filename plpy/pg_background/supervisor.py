@@ -21,7 +21,16 @@ from typing import Any, Callable
 from . import messages, wire
 from .deferral import Deferred, Queue, packet_from
 from .ledger import Ledger
-from .outcomes import canceled_before, drained_answer, lost_connection, never_ran, outcome_of, rolled_back, timestamp
+from .outcomes import (
+    LOST,
+    canceled_before,
+    drained_answer,
+    lost_connection,
+    never_ran,
+    outcome_of,
+    rolled_back,
+    timestamp,
+)
 from .store import ENDS, KEY, Row, Store
 from .supervised import WINDOW_BYTES, Channel, Job, Link
 
@@ -64,6 +73,7 @@ class Supervisor:
         digest: str,
         handle_interrupts: Callable[[], bool],
         in_transaction: Callable[[int], bool],
+        log: Callable[[str], object],
     ) -> None:
         self._ledger = Ledger(store, path, self._make_room)
         self._listener: socket.socket | None = listener
@@ -72,6 +82,7 @@ class Supervisor:
         self._digest = digest
         self._handle_interrupts = handle_interrupts
         self._in_transaction = in_transaction  # by the pid of a backend
+        self._log = log
         self._epoll = select.epoll()
         self._links: dict[int, Link] = {}
         self._channels: dict[int, Channel] = {}  # by the worker's pid
@@ -365,8 +376,9 @@ class Supervisor:
                 handler(link, descriptors, *arguments)
             else:
                 handler(link, *arguments)
-        except (messages.ProtocolError, TypeError, ValueError, KeyError, AttributeError, IndexError):
+        except (messages.ProtocolError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             # No message of ours: whoever sent it gets no further hearing.
+            self._log(f"pg_background: no message was expected like that from process {link.pid}: {error!r}")
             self._close_link(link)
         finally:
             for descriptor in descriptors:
@@ -518,7 +530,7 @@ class Supervisor:
         known = job.row if job is not None else self._ledger.ask(lambda store: store.find_key(row[KEY]))
         if known is None:
             return row
-        if known["state"] != "running" and known["sqlstate"] != "08006":  # not lost after all
+        if known["state"] != "running" and known["sqlstate"] != LOST:  # not lost after all
             return dict(known)
         return dict(row, progress_pct=known.get("progress_pct"), progress_msg=known.get("progress_msg"))
 
@@ -641,6 +653,8 @@ class Supervisor:
         reporter = self._reporters.get(job.row["pid"])
         if first and reporter is not None:
             self._hear_reports(reporter, time.monotonic() if at is None else at)
+        if not first and job.row.get("sqlstate") == LOST:
+            job.row.update(dict.fromkeys(ENDS))  # it was not lost after all
         job.row.update(changes)
         if job.row.get("finished_at") is None:
             job.row["finished_at"] = timestamp()
@@ -685,7 +699,7 @@ class Supervisor:
             if channel.job is not job or not job.running:
                 return False
         ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
-        answer = wire.last_answer(window, 0, job.tags_after) if ended else None
+        answer = wire.last_answer(window, 0, job.tags_after, job.tags_of_commit) if ended else None
         if answer is not None:
             self._end(job, self._outcome_of(job, answer), looked_at)
         elif wire.hung_up(channel.connection):

@@ -46,7 +46,7 @@ def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     plpy.commit()
     _raise_descriptor_limit()
     interrupts = _Interrupts(plpy)
-    Supervisor(store, listener, path, lock_fd, digest, interrupts.handle, _transaction_probe(plpy)).run()
+    Supervisor(store, listener, path, lock_fd, digest, interrupts.handle, _transaction_probe(plpy), plpy.log).run()
     interrupts.let_terminate()
     plpy.execute("SELECT 1")
     plpy.commit()

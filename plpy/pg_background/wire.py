@@ -107,6 +107,7 @@ def parse(window: bytes, answer: Answer) -> Position:
     """
     position, end = 0, len(window)
     verdict: int | None = None  # where that tag or error starts
+    tags = answer.tag_before, answer.tag  # without that
     while end - position >= _HEADER.size:
         kind, length = _HEADER.unpack_from(window, position)
         following = position + 1 + length
@@ -121,6 +122,8 @@ def parse(window: bytes, answer: Answer) -> Position:
                 answer.take(kind, window[position + 5 : end])
                 return Position(end, following - end)
             break
+        if kind == b"C":
+            tags = answer.tag_before, answer.tag
         if kind != b"D" or length < _KEPT_ROW_BYTES:
             answer.take(kind, window[position + 5 : following])
         if kind in b"CE" and verdict is None:
@@ -129,14 +132,19 @@ def parse(window: bytes, answer: Answer) -> Position:
         if kind == b"Z":
             answer.tags += verdict is not None and answer.error is None
             return Position(position, 0)
+    if verdict is not None and answer.error is None:
+        answer.tag_before, answer.tag = tags  # it is read again
     return Position(position if verdict is None else verdict, 0)
 
 
-def last_answer(tail: bytes, groups_after: int = 0, tags_after: int = 0) -> Answer | None:
+def last_answer(
+    tail: bytes, groups_after: int = 0, tags_after: int = 0, tags_of_commit: int | None = None
+) -> Answer | None:
     """The answer that a stream's tail ends with, or the one `groups_after` groups before; None if it is not there.
 
     The tail may start anywhere. Messages are found backwards: a command tag or an error from which message follows
-    message exactly to the end. tags_after: how many command tags of the group are not the job's.
+    message exactly to the end. tags_after: how many command tags of the group are not the job's. tags_of_commit: so
+    many are looked for before an error.
     A stream that ends with an error, and not with a ReadyForQuery, is that of a backend that was terminated.
     """
     if groups_after and not tail.endswith(_ENDINGS):
@@ -156,7 +164,10 @@ def last_answer(tail: bytes, groups_after: int = 0, tags_after: int = 0) -> Answ
         verdicts = (
             [kind for kind, _ in groups[-1 - groups_after] if kind in b"CEI"] if len(groups) > groups_after else []
         )
-        if len(verdicts) > tags_after or b"E" in verdicts:
+        if b"E" in verdicts:
+            if verdicts.count(b"C") >= (tags_of_commit or 0):
+                break
+        elif len(verdicts) > tags_after:
             break
     if chain is None or len(_groups(chain)) <= groups_after:
         return None

@@ -76,8 +76,11 @@ def test_the_outcome_does_not_depend_on_how_a_stream_is_cut(job: tuple, cuts: li
     if failure is None:
         assert answer.error is None
         assert answer.tag == statements[-1][1]
+        assert answer.tag_before == (statements[-2][1] if len(statements) > 1 else None)
+        assert answer.tags == len(statements)
     else:
         assert answer.error is not None
+        assert answer.tags == len(statements) - 1
         assert wire.error_fields(answer.error)["sqlstate"] == b"22012"
         assert wire.error_fields(answer.error)["message"] == failure
 
@@ -106,6 +109,17 @@ def test_the_outcome_is_found_from_a_streams_tail(job: tuple, later: list) -> No
         assert (answer.tag, answer.error) == (job[0][-1][1], None)
     else:
         assert answer.error is not None
+
+
+@given(JOBS, st.booleans())
+def test_tags_before_an_error_are_found_from_a_streams_tail(job: tuple, terminated: bool) -> None:  # type: ignore[type-arg]
+    """A backend that is terminated in its commit may have told of it already."""
+    statements, _ = job
+    stream = stream_of((statements, None)).removesuffix(READY) + error(b"57P01", b"terminating")
+    answer = wire.last_answer(stream if terminated else stream + READY, 0, 0, len(statements))
+    assert answer is not None
+    assert answer.error is not None
+    assert answer.tags == len(statements)
 
 
 @given(st.lists(st.none() | st.binary(max_size=50), max_size=20))
