@@ -612,11 +612,14 @@ def test_a_worker_handed_over_after_its_end_runs_the_next_job(cluster: Cluster, 
     wait(conn, handle)
     logged = server_log_size(cluster)
     terminate_supervisor(conn)
+    # Hands the first one over.
+    later = [launch(alice, "SELECT 2")]
     assert result(alice, handle, "a text, b int") == [("", 1)]
-    later = launch(alice, "SELECT 2")
-    assert result(alice, later, "n int") == [(2,)]
-    assert later.pid == handle.pid
+    later.append(launch(alice, "SELECT 2"))
+    assert later[1].pid == handle.pid
+    for job in later:
+        assert result(alice, job, "n int") == [(2,)]
     outcome = "SELECT state, command_tag FROM pg_background_outcome_v2(%s, %s)"
-    for job in (handle, later):
+    for job in (handle, *later):
         wait_until(lambda job=job: conn.rows(outcome, job) == [("stopped", "SELECT 1")])  # type: ignore[misc]
     assert "no message was expected" not in server_log(cluster, logged)
