@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
+import psycopg
 import pytest
 
 from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
-from tests.supervision import terminate_supervisor
+from tests.supervision import descriptors, terminate_supervisor
 
 PID = "SELECT pg_backend_pid()"
 
@@ -179,6 +181,44 @@ def test_a_detached_worker_goes_on_when_its_supervisor_is_replaced(alice: Sessio
     assert alice.rows("SELECT command_tag FROM pg_background_outcome_v2(%s, %s)", handle) == [("INSERT 0 1",)]
     assert alice.value("SELECT count(*) FROM kept") == 1
     assert run(alice, "SELECT 1", "n int") == [(1,)]
+
+
+def test_detaching_workers_that_have_died_leaks_nothing(alice: Session, conn: Session) -> None:
+    before = None
+    for _ in range(6):
+        handle = launch(alice, "SELECT pg_sleep(30)")
+        conn.execute("SELECT pg_terminate_backend(%s, 5000)", (handle.pid,))
+        wait(conn, handle)  # its supervisor has seen it, its session has not
+        detach(alice, handle)
+        alice.execute("SELECT count(*) FROM pg_background_list")  # hears of it
+        before = before or descriptors(alice.pid)
+        wait_until(lambda: descriptors(alice.pid) <= before, what="no more sockets than before")  # noqa: B023
+    until_reused(lambda: let_go(alice, "SELECT 1").pid)
+
+
+def test_a_job_that_is_detached_after_its_parameters_were_refused_is_an_error(alice: Session) -> None:
+    """The server's answer comes while most of them have not been sent."""
+    call = "SELECT pid, cookie FROM pg_background_launch_v2('INSERT INTO missing VALUES ($1)', 0, NULL, ARRAY[%s])"
+    handle = Handle(*alice.rows(call, ("x" * 5_000_000,))[0])
+    detach(alice, handle)
+    wait(alice, handle)
+    ((state, code),) = alice.rows("SELECT state, sqlstate FROM pg_background_outcome_v2(%s, %s)", handle)
+    assert (state, code in ("42P01", "08006")) == ("error", True)
+
+
+def test_a_cancel_while_workers_are_detached_loses_none(alice: Session) -> None:
+    handles = [launch(alice, "SELECT pg_sleep(0.5)") for _ in range(8)]
+    alice.execute("SET statement_timeout = 1")
+    for _ in range(20):
+        with suppress(psycopg.errors.QueryCanceled):
+            alice.execute("SELECT pg_background_detach_all_v2()")
+    alice.execute("RESET statement_timeout")
+    for handle in handles:
+        wait(alice, handle)
+    alice.execute("SELECT pg_background_detach_all_v2()")
+    assert listed(alice) == []
+    states = "SELECT DISTINCT state FROM pg_background_activity WHERE launcher_pid = %s"
+    wait_until(lambda: alice.rows(states, (alice.pid,)) == [("stopped",)])
 
 
 @pytest.mark.parametrize("query", ["SELECT 1", "SELECT pg_sleep(0.05); SELECT 2", "SELECT pg_sleep(0.05)/0"])

@@ -15,7 +15,7 @@ from .store import ENDS, KEY, MAX_ROWS, Row, Store
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _BATCH_ROWS = 1000
 _RETRY_S = 1.0  # a table that could not be written is tried again after this
-_FORWARD_S = 0.02  # and a successor, to whom its sessions turn
+_FORWARD_S = 0.01  # and a successor, to whom its sessions turn, after twice this at first
 _LAST_TRIES, _LAST_PAUSE_S = 10, 0.05
 # Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
 _PASSING = ("53", "55", "57", "58", "40")
@@ -34,6 +34,7 @@ class Ledger:
         self._missing: set[int] = set()  # keys of inherited rows whose process had gone when last looked
         self._flush_at = time.monotonic()
         self._unwritable = False  # at the last attempt
+        self._forward_pause_s = _FORWARD_S
         self.inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
         self.written = 0  # rows
         self.written_at = 0.0
@@ -158,7 +159,8 @@ class Ledger:
             except OSError:
                 pass  # none is there, or it has much to do: the next attempt sends the rest
         self._keep_for_later(rows)
-        self._flush_at = time.monotonic() + _FORWARD_S
+        self._forward_pause_s = min(2 * self._forward_pause_s, _RETRY_S)
+        self._flush_at = time.monotonic() + self._forward_pause_s
 
     # --- what a predecessor has left ---
 
@@ -182,10 +184,11 @@ class Ledger:
         """Whether no predecessor is there."""
         if self._store is None:
             return False
-        # A standby can answer this, and nothing else.
-        return (
-            self._store.is_alone() if self._store.is_out_of_reach() else bool(self.ask(lambda store: store.is_alone()))
-        )
+        try:
+            return self._store.is_alone()  # a standby can answer that too
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
+            self._store_failed({}, error)
+            return False
 
     def inherited_row(self, pid: int) -> Row | None:
         """The row of the job that this process runs, if a predecessor wrote it."""

@@ -24,6 +24,7 @@ _MAX_CHARACTERS = 1000
 _ANSWER_TIMEOUT_S = 10.0
 _SLICE_S = 0.1  # interrupts are handled at least so often
 _RETRY_S = 0.001
+_SILENCE_S = 0.5  # a worker that its supervisor does not know asks again after this
 _MAX_ANSWER_BYTES = 1000
 _SEND_FLAGS = _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT
 
@@ -55,11 +56,15 @@ class Runtime:
         self._send: Callable[[bytes, int], int] | None = None
         self._connection: _socket.socket | None = None
         self._was_worker = False
+        self._refused = False  # the last supervisor did not know this backend
+        self._silent_until = 0.0  # of time.monotonic()
 
     def progress(self, percent: int | None, text: str | None) -> str | None:
         """Report; the reply is None or an error for _pg_background_checked."""
         if percent is None:
             return _NULL_PERCENT
+        if time.monotonic() < self._silent_until:
+            return None
         percent = 0 if percent < 0 else min(percent, 100)
         quoted = "null" if text is None else encode_basestring_ascii(text[:_MAX_CHARACTERS])
         packet = f'["{PROGRESS}",{percent},{quoted},{time.monotonic()!r}]'.encode()
@@ -91,8 +96,12 @@ class Runtime:
                 self._drop()
             else:
                 return None
+        if not (self._was_worker or self._looks_like_a_worker()):
+            return _NO_WORKER
         # Its supervisor has gone, or its session has not told the next one of it: no reason for a job to fail.
-        return None if self._was_worker or self._looks_like_a_worker() else _NO_WORKER
+        if self._refused:
+            self._silent_until = time.monotonic() + _SILENCE_S
+        return None
 
     def _looks_like_a_worker(self) -> bool:
         """By its name, which anybody can take: enough to drop a report that nobody waits for."""
@@ -104,6 +113,7 @@ class Runtime:
         connection = _socket.socket(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         connection.setblocking(False)
         self._connection = connection
+        self._refused = False
         try:
             known = self._is_known(connection, deadline)
         except OSError:
@@ -133,7 +143,9 @@ class Runtime:
         while time.monotonic() < deadline:
             if self._wait_until(select.POLLIN):
                 answer = connection.recv(_MAX_ANSWER_BYTES)
-                return answer.endswith(b",true]")
+                known = answer.endswith(b",true]")
+                self._refused = bool(answer) and not known
+                return known
         return False
 
     def _wait_until(self, event: int) -> bool:

@@ -321,6 +321,8 @@ class Registry:
 
     def release(self, worker: Worker) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
+        kept = len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
+        clean_up = worker.clean_up_behind() if kept < worker.configuration.pool_size else b""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
         sql = worker.job.sql
@@ -329,9 +331,8 @@ class Registry:
         )
         worker.backlog.clear()
         if not worker.ended:
-            kept = len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
             self._elsewhere[worker.key] = worker
-            worker.detach(keep_session=kept < worker.configuration.pool_size)
+            worker.detach(clean_up)
         elif not worker.job.submitted:
             self._keep_or_end(worker)
 
@@ -344,6 +345,9 @@ class Registry:
             except (OSError, BackgroundError):
                 # Its backend has died since the job's end, which is nothing to the job.
                 self._end_session(session)
+            except BaseException:  # a cancel
+                self._end_session(session)
+                raise
             else:
                 self._pool.put(session)
         else:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
 _WRITE_BYTES = 1 << 16
+SURELY_WRITTEN_BYTES = _WRITE_BYTES  # at once, to a worker at rest: what a unix socket holds is three times that
 _IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 _CONNECTION_OK = 0  # ConnStatus.OK
@@ -224,8 +225,8 @@ class WorkerSession:
             return True
         try:
             self._read_empty_answer()
-        except OSError:
-            return False  # no descriptor is left
+        except Exception:  # noqa: BLE001 - no descriptor is left (OSError), libpq gave it up (psycopg.OperationalError)
+            return False
         self._out_of_step = False
         return self.is_idle
 

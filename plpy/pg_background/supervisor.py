@@ -653,8 +653,8 @@ class Supervisor:
         reporter = self._reporters.get(job.row["pid"])
         if first and reporter is not None:
             self._hear_reports(reporter, time.monotonic() if at is None else at)
-        if not first and job.row.get("sqlstate") == LOST:
-            job.row.update(dict.fromkeys(ENDS))  # it was not lost after all
+        if not first and (job.row.get("sqlstate") == LOST or changes.get("state") == "stopped"):
+            job.row.update(dict.fromkeys(ENDS))  # its session knows better
         job.row.update(changes)
         if job.row.get("finished_at") is None:
             job.row["finished_at"] = timestamp()
@@ -776,6 +776,8 @@ class Supervisor:
             answer = channel.answer
             changes = self._outcome_of(job, answer) if answer.error else lost_connection(job)
             self._tell_ended(channel, job, changes, [])
+        elif job is not None and channel.link is not None and channel.answers_left:
+            self._send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], None, []])  # in its clean-up
         if channel.queue is not None:
             for item in channel.queue.unstarted():
                 self._end_unsent(channel, item.job, lost_connection(item.job))

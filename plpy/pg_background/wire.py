@@ -69,6 +69,7 @@ class Answer:
     def __init__(self) -> None:
         self.tag: bytes | None = None
         self.tag_before: bytes | None = None
+        self.last_tag: bytes | None = None  # of last_answer's group, whether it is the job's or not
         self.tags = 0  # how many, as far as was read
         self.error: bytes | None = None
         self.row: bytes | None = None
@@ -144,47 +145,86 @@ def last_answer(
 
     The tail may start anywhere. Messages are found backwards: a command tag or an error from which message follows
     message exactly to the end. tags_after: how many command tags of the group are not the job's. tags_of_commit: so
-    many are looked for before an error.
+    many are looked for before an error that says that the backend was interrupted.
     A stream that ends with an error, and not with a ReadyForQuery, is that of a backend that was terminated.
     """
-    if groups_after and not tail.endswith(_ENDINGS):
-        fatal = _messages(tail, max(0, tail.rfind(b"E\0\0")))
-        groups_after = 0 if fatal and len(fatal) == 1 and fatal[0][0] == b"E" else groups_after
-    chain: list[tuple[bytes, bytes]] | None = None
-    position = len(tail)
-    while position > 0:
-        position = max(tail.rfind(mark, 0, position) for mark in (b"C\0\0\0", b"E\0\0", b"I\0\0\0\4"))
-        if position < 0:
-            break
-        longer = _messages(tail, position)
-        if longer is None:
-            continue
-        chain = longer
-        groups = _groups(chain)
-        verdicts = (
-            [kind for kind, _ in groups[-1 - groups_after] if kind in b"CEI"] if len(groups) > groups_after else []
-        )
-        if b"E" in verdicts:
-            if verdicts.count(b"C") >= (tags_of_commit or 0):
-                break
-        elif len(verdicts) > tags_after:
-            break
-    if chain is None or len(_groups(chain)) <= groups_after:
-        return None
-    group = _groups(chain)[-1 - groups_after]
-    answer = Answer()
-    for kind, body in group:
-        answer.take(kind, body)
-    tags = [body.rstrip(b"\0") for kind, body in group if kind == b"C"]
-    answer.tags = len(tags)
-    answer.tag = tags[-1 - tags_after] if len(tags) > tags_after else None
-    return answer
+    last = _messages(tail, max(0, tail.rfind(b"E\0\0")))
+    if last and len(last) == 1 and last[0][0] == b"E":
+        before = tail[: tail.rfind(b"E\0\0")]
+        if before.endswith(_ENDINGS):
+            tail = before  # between two queries
+        else:
+            groups_after = 0
+    found = _Backwards(groups_after, tags_after, tags_of_commit)
+    start = len(tail)
+    places = {mark: tail.rfind(mark) for mark in (b"C\0\0\0", b"E\0\0", b"I\0\0\0\4")}
+    while not found.enough and (position := max(places.values())) >= 0:
+        earlier = _messages(tail, position, start)
+        if earlier is None:
+            earlier = _messages(tail, position)
+            if earlier is not None:  # what looked like a message was the inside of a row
+                found = _Backwards(groups_after, tags_after, tags_of_commit)
+        if earlier is not None:
+            start = position
+            found.take(earlier)
+        places = {mark: tail.rfind(mark, 0, position) if place == position else place for mark, place in places.items()}
+    return found.answer()
 
 
-def _messages(tail: bytes, position: int) -> list[tuple[bytes, bytes]] | None:
+class _Backwards:
+    """A group of messages that is put together from its end."""
+
+    def __init__(self, groups_after: int, tags_after: int, tags_of_commit: int | None) -> None:
+        self._groups_after = groups_after
+        self._tags_after = tags_after
+        self._tags_of_commit = tags_of_commit or 0
+        self._ends = 0  # ReadyForQuerys so far
+        self._is_cut: int | None = None  # 1 where none ends the stream
+        self._group: list[tuple[bytes, bytes]] = []  # the last message first
+        self._tags: list[bytes] = []  # the same
+        self._empties = 0  # answers to empty queries
+        self._error: bytes | None = None
+        self.enough = False
+
+    def take(self, messages: list[tuple[bytes, bytes]]) -> None:
+        """Messages that come before those that were taken."""
+        for kind, body in reversed(messages):
+            if self._is_cut is None:
+                self._is_cut = int(kind != b"Z")
+            self._ends += kind == b"Z"
+            groups_after = self._ends - 1 + self._is_cut
+            if groups_after > self._groups_after:
+                self.enough = True
+                return
+            if groups_after == self._groups_after:
+                self._group.append((kind, body))
+                if kind == b"C":
+                    self._tags.append(body.rstrip(b"\0"))
+                elif kind == b"E":
+                    self._error = body
+                self._empties += kind == b"I"
+        if self._error is None:
+            self.enough = len(self._tags) + self._empties > self._tags_after
+        else:
+            interrupted = b"C57014\0" in self._error or b"C57P01\0" in self._error
+            self.enough = not interrupted or len(self._tags) >= self._tags_of_commit
+
+    def answer(self) -> Answer | None:
+        """The group's; None where the stream does not go back so far."""
+        if not self._group:
+            return None
+        answer = Answer()
+        for kind, body in reversed(self._group):
+            answer.take(kind, body)
+        answer.tags, answer.last_tag = len(self._tags), answer.tag
+        answer.tag = self._tags[self._tags_after] if len(self._tags) > self._tags_after else None
+        return answer
+
+
+def _messages(tail: bytes, position: int, end: int | None = None) -> list[tuple[bytes, bytes]] | None:
     """The messages from a position exactly to the end; None if they do not fit."""
     messages = []
-    end = len(tail)
+    end = len(tail) if end is None else end
     while position < end:
         if end - position < _HEADER.size:
             return None
@@ -195,15 +235,6 @@ def _messages(tail: bytes, position: int) -> list[tuple[bytes, bytes]] | None:
         messages.append((kind, tail[position + 5 : following]))
         position = following
     return messages
-
-
-def _groups(messages: list[tuple[bytes, bytes]]) -> list[list[tuple[bytes, bytes]]]:
-    groups: list[list[tuple[bytes, bytes]]] = [[]]
-    for message in messages:
-        groups[-1].append(message)
-        if message[0] == b"Z":
-            groups.append([])
-    return [group for group in groups if group]
 
 
 def error_fields(body: bytes) -> dict[str, bytes]:

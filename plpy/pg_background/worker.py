@@ -27,7 +27,7 @@ from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
 from .results import Column, TypeStyles, encode_rows
 from .server import READABLE, Server
-from .session import CLEAN_UP_ANSWERS, WorkerSession, backend_died, report_of
+from .session import CLEAN_UP_ANSWERS, SURELY_WRITTEN_BYTES, WorkerSession, backend_died, report_of
 from .settings import Configuration
 
 if TYPE_CHECKING:
@@ -164,6 +164,7 @@ class Worker:
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
         connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
         self.session.flush(self._tell_writing)
+        self._touched |= len(encoded) + sum(map(len, filter(None, self.job.parameters or ()))) > SURELY_WRITTEN_BYTES
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
@@ -176,24 +177,30 @@ class Worker:
 
     def _tell_writing(self, writing: bool) -> None:
         """Were this session to end now, the supervisor would have to do the same with half a job's worker."""
-        self._writing = writing
+        self._writing, self._touched = writing, True  # libpq reads where it cannot write
         self._control.tell([messages.WRITING, self.pid, writing])
 
-    def detach(self, *, keep_session: bool) -> None:
-        """Leave the rest to the supervisor, as a submitted job's; with a clean-up where another job may follow."""
+    def clean_up_behind(self) -> bytes:
+        """What would make its session fit for another job, if that can be queued behind this one.
+
+        Nothing must have been read, so that the stream is at the start of this job's answer, or sent in part.
+        """
+        if self.ended or self.job.submitted or self._touched or self._writing or self.signaled:
+            return b""
+        packet = self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
+        return packet if self.session.has_room_for(packet) else b""
+
+    def detach(self, clean_up: bytes) -> None:
+        """Leave the rest to the supervisor, as a submitted job's; after this clean-up another job may follow."""
         self.detached = True
         if self.job.submitted:
             return
-        packet = b""
-        # Nothing was read, so that the stream is at the start of this job's answer, and nothing was sent in part.
-        if keep_session and not (self._touched or self._writing or self.signaled):
-            packet = self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
-        if packet and self.session.has_room_for(packet):
+        if clean_up:
             self._clean_ups = CLEAN_UP_ANSWERS
         self._control.tell([messages.DETACH, self.pid, self._clean_ups])
         if self._clean_ups:
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
-                self.session.queue_clean_up(packet)
+                self.session.queue_clean_up(clean_up)
 
     def tell_supervisor(self, *, again: bool = False) -> None:
         """Announce the job; the worker's socket goes with it if this supervisor has not got it yet.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import struct
+import time
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pg_background import wire
@@ -120,6 +122,29 @@ def test_tags_before_an_error_are_found_from_a_streams_tail(job: tuple, terminat
     assert answer is not None
     assert answer.error is not None
     assert answer.tags == len(statements)
+
+
+def test_an_end_between_two_queries_does_not_change_the_outcome() -> None:
+    answer = wire.last_answer(tag(b"INSERT 0 1") + READY + error(b"57P01", b"terminating"), 0, 0, 1)
+    assert answer is not None
+    assert (answer.tag, answer.error) == (b"INSERT 0 1", None)
+
+
+def test_the_clean_ups_answer_is_known_as_such_where_the_job_is_probed() -> None:
+    answer = wire.last_answer(tag(b"DISCARD ALL") + READY + tag(b"SELECT 1") + READY, 1, 1)
+    assert answer is not None
+    assert (answer.tag, answer.last_tag) == (None, b"DISCARD ALL")
+
+
+@pytest.mark.parametrize("groups_after", [0, 2])
+def test_a_long_stream_is_read_from_its_end_in_linear_time(groups_after: int) -> None:
+    stream = tag(b"INSERT 0 1") * 10_000 + error(b"57014", b"canceling") + READY
+    started = time.monotonic()
+    answer = wire.last_answer(stream, groups_after, 0, 20_000)
+    assert time.monotonic() - started < 1
+    assert (answer is None) == bool(groups_after)
+    if answer is not None:
+        assert answer.tags == 10_000
 
 
 @given(st.lists(st.none() | st.binary(max_size=50), max_size=20))
