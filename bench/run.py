@@ -319,7 +319,8 @@ def waits(server: ScratchServer, repeats: int) -> Iterable[Measured]:
 def _wait_any_among(server: ScratchServer, workers: int, repeats: int) -> Measured:
     """From the end of one of them to the return of wait_any_v2."""
     session = Session(server, "app", max_workers=2 * workers)
-    sleepers = f"SELECT (pg_background_launch_v2('SELECT pg_sleep(600)')).* FROM generate_series(2, {workers})"
+    launches = "pg_background_launch_v2('SELECT pg_sleep(600)', 0 * g) AS h"  # for each g
+    sleepers = f"SELECT h.* FROM generate_series(2, {workers}) AS g, {launches}"
     session.execute("CREATE TEMP TABLE sleepers (pid int4, cookie int8); INSERT INTO sleepers " + sleepers)
     wake = """
         DO $$
