@@ -199,7 +199,8 @@ def small_jobs(server: ScratchServer, repeats: int) -> Iterable[Measured]:
         repeats,
     )
     _wait_until_idle(warm)
-    yield interleaved("launch alone (detached)", {OURS: lambda: _launches(warm)}, repeats)
+    detaching = Session(server, "app", pool_size=16)  # the kept sessions of the other are those of its submitted jobs
+    yield interleaved("launch alone (detached)", {OURS: lambda: _launches(detaching)}, repeats)
 
 
 def _launches(session: Session) -> float:
