@@ -695,8 +695,10 @@ class Supervisor:
         if window is None:
             return False
         if channel.link is not None:
-            self._receive(channel.link)  # its session may have read that job's answer, and sent the next job
-            if channel.job is not job or not job.running:
+            self._receive(
+                channel.link
+            )  # its session may have read that job's answer, sent the next job, or detached it
+            if channel.job is not job or not job.running or channel.reads or channel.drains:
                 return False
         ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
         answer = wire.last_answer(window, 0, job.tags_after, job.tags_of_commit) if ended else None
