@@ -197,7 +197,7 @@ def test_another_roles_handle_opens_nothing(bob: Session, running: Handle, faile
 
 def test_a_guessed_cookie_is_of_no_use(bob: Session, running: Handle, connect: Connect) -> None:
     """Even of one's own role's worker: it is what tells one job of a pid from the next."""
-    other = connect(bob.info.user)
+    other = connect(Role(bob.info.user, bob.info.password))
     for cookie in (0, 1, -1, running.cookie + 1, -running.cookie, 2**63 - 1):
         for call in MANAGING:
             with sqlstate("42704"):
