@@ -265,23 +265,8 @@ def rows(server: ScratchServer, repeats: int) -> Iterable[Measured]:
 def waits(server: ScratchServer, repeats: int) -> Iterable[Measured]:
     """Progress, wake-ups, and what a session's first call costs."""
     session = Session(server, "app")
-    wake = """
-        DO $$
-        DECLARE h pg_background_handle; ended timestamptz;
-        BEGIN
-            h := pg_background_launch_v2('SELECT pg_sleep(0.02), clock_timestamp()');
-            PERFORM pg_background_wait_v2(h.pid, h.cookie);
-            PERFORM set_config('bench.woke', extract(epoch FROM clock_timestamp())::text, false);
-            SELECT at INTO ended FROM pg_background_result_v2(h.pid, h.cookie) AS (v text, at timestamptz);
-            PERFORM set_config('bench.ended', extract(epoch FROM ended)::text, false);
-        END $$"""
-
-    def woke() -> float:
-        session.execute(wake)
-        return session.value("SELECT current_setting('bench.woke')::float8 - current_setting('bench.ended')::float8")
-
-    yield interleaved("wake-up after the end of the work", {OURS: woke}, repeats)
-
+    one = "pg_background_wait_v2(h.pid, h.cookie)"
+    yield interleaved("wake-up after the end of the work", {OURS: lambda: _wake_up(session, 0.02, one)}, repeats)
     yield _wait_any_among(server, 100, repeats)
 
     progress = (
@@ -317,29 +302,31 @@ def waits(server: ScratchServer, repeats: int) -> Iterable[Measured]:
     yield interleaved("second call of a session", {OURS: second}, repeats, "ms", 1e3)
 
 
+def _wake_up(session: Session, seconds: float, wait: str) -> float:
+    """From the end of a worker `h` that sleeps so long to the return of this call."""
+    session.execute(f"""
+        DO $$
+        DECLARE h pg_background_handle; ended timestamptz;
+        BEGIN
+            h := pg_background_launch_v2('SELECT pg_sleep({seconds}), clock_timestamp()');
+            PERFORM {wait};
+            PERFORM set_config('bench.woke', extract(epoch FROM clock_timestamp())::text, false);
+            SELECT at INTO ended FROM pg_background_result_v2(h.pid, h.cookie) AS (v text, at timestamptz);
+            PERFORM set_config('bench.ended', extract(epoch FROM ended)::text, false);
+        END $$""")
+    return session.value("SELECT current_setting('bench.woke')::float8 - current_setting('bench.ended')::float8")
+
+
 def _wait_any_among(server: ScratchServer, workers: int, repeats: int) -> Measured:
     """From the end of one of them to the return of wait_any_v2."""
     session = Session(server, "app", max_workers=2 * workers)
     launches = "pg_background_launch_v2('SELECT pg_sleep(600)', 0 * g) AS h"  # for each g
     sleepers = f"SELECT h.* FROM generate_series(2, {workers}) AS g, {launches}"
     session.execute("CREATE TEMP TABLE sleepers (pid int4, cookie int8); INSERT INTO sleepers " + sleepers)
-    wake = """
-        DO $$
-        DECLARE h pg_background_handle; ended timestamptz;
-        BEGIN
-            h := pg_background_launch_v2('SELECT pg_sleep(0.05), clock_timestamp()');
-            PERFORM pg_background_wait_any_v2(
-                (SELECT array_agg(ROW(s.pid, s.cookie)::pg_background_handle) || h FROM sleepers s), 0);
-            PERFORM set_config('bench.woke', extract(epoch FROM clock_timestamp())::text, false);
-            SELECT at INTO ended FROM pg_background_result_v2(h.pid, h.cookie) AS (v text, at timestamptz);
-            PERFORM set_config('bench.ended', extract(epoch FROM ended)::text, false);
-        END $$"""
-
-    def woke() -> float:
-        session.execute(wake)
-        return session.value("SELECT current_setting('bench.woke')::float8 - current_setting('bench.ended')::float8")
-
-    measured = interleaved(f"wake-up of wait_any_v2 among {workers} workers", {OURS: woke}, repeats)
+    handles = "(SELECT array_agg(ROW(s.pid, s.cookie)::pg_background_handle) || h FROM sleepers s)"
+    any_of_them = f"pg_background_wait_any_v2({handles}, 0)"
+    scenario = f"wake-up of wait_any_v2 among {workers} workers"
+    measured = interleaved(scenario, {OURS: lambda: _wake_up(session, 0.05, any_of_them)}, repeats)
     session.execute("SELECT pg_background_cancel_all_v2()")
     session.connection.close()
     return measured
