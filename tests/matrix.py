@@ -118,7 +118,7 @@ def _combined(version: str, setup: str, encoding: str, pool_size: str, settings:
 
 def _runs() -> list[Run]:
     whole = [
-        Run(17, "the whole suite, trust", NOT_OF_A_SERVER),
+        Run(17, "the whole suite, no TCP", (*NOT_OF_A_SERVER, "--setup", "notcp")),
         Run(18, "the whole suite, peer", (*NOT_OF_A_SERVER, "--setup", "peer")),
     ]
     return whole + [_combined(**values) for values in covering(FACTORS)]

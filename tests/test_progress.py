@@ -249,6 +249,13 @@ def test_a_cancelled_report_is_a_cancel(alice: Session, conn: Session) -> None:
             result(alice, handle)
 
 
+def test_a_cancel_that_meets_the_first_report_of_a_backend_shows_no_python(alice: Session) -> None:
+    alice.execute("SET pg_background.pool_size = 0")
+    handle = launch(alice, "SELECT pg_background_progress(pg_cancel_backend(pg_backend_pid())::int, 'first')")
+    with sqlstate("57014", "^canceling statement due to user request"):
+        result(alice, handle)
+
+
 def test_a_report_without_a_supervisor_is_dropped(fresh_database: str, alice: Session, conn: Session) -> None:
     """The next one starts with the launcher's next call; no job must fail for that."""
     handle = launch(alice, "SELECT pg_sleep(0.5); SELECT pg_background_progress(50)")

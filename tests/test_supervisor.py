@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import socket
@@ -372,6 +373,26 @@ def test_the_outcome_of_a_launched_job_is_recorded_though_it_died(busy: Handle, 
     wait(alice, handle)
     assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
     assert listed(alice)[-1].state == "stopped"
+
+
+def test_an_end_that_a_cancel_kept_from_it_is_told_by_the_next_call(
+    fresh_database: str, cluster: Cluster, alice: Session, conn: Session
+) -> None:
+    """Until then no supervisor can be had: the lock of whoever starts one is held here."""
+    handle = launch(alice, "SELECT pg_sleep(0.3)")
+    terminate_supervisor(conn)
+    with Path(f"{control_path(cluster, conn)}.start").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        wait_until(
+            lambda: conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'idle'", (handle.pid,)),
+            what="the end of the job",
+        )
+        alice.execute("SET statement_timeout = '300ms'")
+        with sqlstate("57014"):
+            wait(alice, handle)
+        alice.execute("RESET statement_timeout")
+    run(alice, "SELECT 1", "n int")
+    assert ended(conn, handle) == ("stopped", "SELECT 1", 1, None)
 
 
 @pytest.mark.parametrize("kind", ["submitted", "detached"])

@@ -152,6 +152,8 @@ class Control:
     def ensure(self) -> None:
         """Connect to the database's supervisor, which this starts where there is none."""
         if self._socket is not None and not self._moved:
+            if self._untold:
+                self._tell_untold()
             return
         connection = self._connection()
         self.leave_start()  # one that listens by now need not be waited for
@@ -162,11 +164,19 @@ class Control:
                 self._leave(old)
             if self.listener is not None:
                 self.listener.hand_over_again()
-            while self._untold:
-                self.tell(self._untold.popleft())
+            self._tell_untold()
         except BaseException:
             self._drop()  # the next call does it all again
             raise
+
+    def _tell_untold(self) -> None:
+        untold, self._untold = self._untold, deque(maxlen=_MAX_UNTOLD)
+        try:
+            while untold:
+                self.tell(untold[0])
+                untold.popleft()
+        finally:
+            self._untold.extendleft(reversed(untold))
 
     def prepare(self) -> None:
         """Have a supervisor started where there is none, without waiting for it: ensure() does that."""
@@ -214,7 +224,7 @@ class Control:
                 return
 
     def report_end(self, message: list[Any], announced_on: int, row: Callable[[], dict[str, Any]]) -> None:
-        """Tell of a job's end. Where no supervisor can be had, the next one is told.
+        """Tell of a job's end. Where no supervisor can be had, or a cancel comes first, the next call tells it.
 
         announced_on: the connection over which the job was announced. A later supervisor gets the row: it may not
         have heard of that job.
@@ -223,9 +233,11 @@ class Control:
             self.tell(message)
             if self._connections != announced_on:
                 self.tell([messages.RECORD, row()])
-        except BackgroundError:
-            self._drop()
+        except BaseException as error:
             self._untold.append([messages.RECORD, row()])
+            if not isinstance(error, BackgroundError):
+                raise  # a cancel
+            self._drop()
 
     def tell_if_connected(self, message: list[Any]) -> None:
         """Send what only a supervisor that is there needs to know."""

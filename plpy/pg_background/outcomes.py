@@ -18,7 +18,7 @@ def outcome_of(job: Job, answer: wire.Answer, decode: Callable[[bytes], str]) ->
     """The changes that an answer makes to its job's row."""
     changes: Row = {"finished_at": timestamp()}
     if answer.error is None:
-        tag = answer.tag or b""
+        tag = (answer.tag_before if job.tags_after else answer.tag) or b""
         changes.update(state="stopped", command_tag=decode(tag), row_count=wire.row_count(tag))
         return changes
     fields = {name: decode(value) for name, value in wire.error_fields(answer.error).items()}
@@ -41,7 +41,7 @@ def drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
     """The job's answer, with as many of the clean-up's behind it as have come."""
     for groups_after in range(job.groups_after, -1, -1):
         answer = wire.last_answer(channel.tail, groups_after, job.tags_after, job.tags_of_commit)
-        if answer is not None and (groups_after == job.groups_after or answer.last_tag != _CLEAN_UP_TAG):
+        if answer is not None and (groups_after == job.groups_after or answer.tag != _CLEAN_UP_TAG):
             return answer
     return None
 

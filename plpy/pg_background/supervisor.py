@@ -746,7 +746,6 @@ class Supervisor:
         assert job is not None
         if channel.answers_left == job.groups_after:
             if job.running:
-                answer.tag = answer.tag_before if job.tags_after else answer.tag
                 self._tell_ended(channel, job, self._outcome_of(job, answer), None)
             return
         channel.unclean = channel.unclean or answer.error is not None

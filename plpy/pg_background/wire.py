@@ -69,7 +69,6 @@ class Answer:
     def __init__(self) -> None:
         self.tag: bytes | None = None
         self.tag_before: bytes | None = None
-        self.last_tag: bytes | None = None  # of last_answer's group, whether it is the job's or not
         self.tags = 0  # how many, as far as was read
         self.error: bytes | None = None
         self.row: bytes | None = None
@@ -89,7 +88,7 @@ class Answer:
     def without_error(self) -> Answer:
         """The same, but as if it had ended well."""
         answer = Answer()
-        answer.tag, answer.row, answer.complete = self.tag, self.row, self.complete
+        answer.tag, answer.tag_before, answer.row, answer.complete = self.tag, self.tag_before, self.row, self.complete
         return answer
 
 
@@ -181,7 +180,7 @@ class _Backwards:
         self._ends = 0  # ReadyForQuerys so far
         self._is_cut: int | None = None  # 1 where none ends the stream
         self._group: list[tuple[bytes, bytes]] = []  # the last message first
-        self._tags: list[bytes] = []  # the same
+        self._tags = 0
         self._empties = 0  # answers to empty queries
         self._error: bytes | None = None
         self.enough = False
@@ -198,16 +197,15 @@ class _Backwards:
                 return
             if groups_after == self._groups_after:
                 self._group.append((kind, body))
-                if kind == b"C":
-                    self._tags.append(body.rstrip(b"\0"))
-                elif kind == b"E":
+                if kind == b"E":
                     self._error = body
+                self._tags += kind == b"C"
                 self._empties += kind == b"I"
         if self._error is None:
-            self.enough = len(self._tags) + self._empties > self._tags_after
+            self.enough = self._tags + self._empties > self._tags_after
         else:
             interrupted = b"C57014\0" in self._error or b"C57P01\0" in self._error
-            self.enough = not interrupted or len(self._tags) >= self._tags_of_commit
+            self.enough = not interrupted or self._tags >= self._tags_of_commit
 
     def answer(self) -> Answer | None:
         """The group's; None where the stream does not go back so far."""
@@ -216,8 +214,7 @@ class _Backwards:
         answer = Answer()
         for kind, body in reversed(self._group):
             answer.take(kind, body)
-        answer.tags, answer.last_tag = len(self._tags), answer.tag
-        answer.tag = self._tags[self._tags_after] if len(self._tags) > self._tags_after else None
+        answer.tags = self._tags
         return answer
 
 

@@ -133,7 +133,7 @@ def test_an_end_between_two_queries_does_not_change_the_outcome() -> None:
 def test_the_clean_ups_answer_is_known_as_such_where_the_job_is_probed() -> None:
     answer = wire.last_answer(tag(b"DISCARD ALL") + READY + tag(b"SELECT 1") + READY, 1, 1)
     assert answer is not None
-    assert (answer.tag, answer.last_tag) == (None, b"DISCARD ALL")
+    assert (answer.tag_before, answer.tag) == (None, b"DISCARD ALL")
 
 
 @pytest.mark.parametrize("groups_after", [0, 2])
