@@ -45,6 +45,14 @@ class Pool:
             self.idle.remove(fitting)
         return fitting
 
+    def take_of_another_role(self, role_oid: int) -> WorkerSession | None:
+        """The session that has been idle longest among those of other roles; the caller ends it."""
+        for session in self.idle:
+            if session.role_oid != role_oid:
+                self.idle.remove(session)
+                return session
+        return None
+
     def remove(self, pid: int) -> WorkerSession | None:
         """Give the session with this pid up, if it is here; the caller ends it."""
         for session in self.idle:

@@ -35,7 +35,7 @@ _REMEMBERED = 200
 _KEPT_SQL_CHARACTERS = 50_000
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
 _SLOT_RETRY_S = 0.05
-_CLEAN_UP_S = 0.01
+_CLEAN_UP_S = 0.05
 _WAITS_FOR_ANOTHER = 50
 
 
@@ -166,7 +166,7 @@ class Registry:
         """A kept session whose pid no tracked worker has; if need be, an ended submitted worker is let go for it."""
         guc_state = configuration.guc_state
         session = self._pool.take(role_oid, guc_state, self._inheritance, self._workers)
-        if session is None and len(self._workers) >= configuration.pool_size:
+        if session is None and self._pool.idle and self._session_count() >= configuration.pool_size:
             session = self._pool.take(role_oid, guc_state, self._inheritance, ())
             if session is not None:
                 self._forget_ended_with_pid(session.pid)
@@ -178,12 +178,18 @@ class Registry:
         """Whether another session has been cleaned meanwhile: that takes less time than to start a new one."""
         if not any(session.role_oid == role_oid for session in self._cleaned_elsewhere.values()):
             return False
-        before, descriptor = len(self._pool.idle), self.control.descriptor
-        if descriptor is None:
-            return False
-        if self.server.wait_for_one(descriptor, time.monotonic() + _CLEAN_UP_S):
+        before, deadline = len(self._pool.idle), time.monotonic() + _CLEAN_UP_S
+        while len(self._pool.idle) <= before:
+            descriptor = self.control.descriptor
+            if descriptor is None or not self.server.wait_for_one(descriptor, deadline):
+                return False
             self.control.hear()
-        return len(self._pool.idle) > before
+        return True
+
+    def _session_count(self) -> int:
+        """How many sessions there are that the pool might come to keep."""
+        read_here = sum(not worker.job.submitted for worker in self._workers.values())
+        return read_here + len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
 
     def _renew(self, session: WorkerSession, guc_state: bytes) -> WorkerSession:
         if session.guc_state != guc_state:
@@ -339,7 +345,7 @@ class Registry:
     def _keep_or_end(self, worker: Worker) -> None:
         """Give a session back whose job was read to its end."""
         session = worker.session
-        if worker.is_reusable and self._pool.has_room(worker.configuration.pool_size):
+        if worker.is_reusable and self._has_room_for(session, worker.configuration.pool_size):
             try:
                 session.send_clean_up(worker.configuration.pool_idle_timeout_ms)
             except (OSError, BackgroundError):
@@ -389,11 +395,19 @@ class Registry:
 
     def put_back(self, session: WorkerSession, *, clean: bool) -> None:
         """Keep a session for the next job, or end it."""
-        room = self._configuration is not None and self._pool.has_room(self._configuration.pool_size)
-        if clean and room and session.resynchronize():
+        size = 0 if self._configuration is None else self._configuration.pool_size
+        if clean and self._has_room_for(session, size) and session.resynchronize():
             self._pool.put(session)
         else:
             self._end_session(session)
+
+    def _has_room_for(self, session: WorkerSession, size: int) -> bool:
+        """Whether the pool can keep one more session; one of another role makes room."""
+        if size and not self._pool.has_room(size):
+            other = self._pool.take_of_another_role(session.role_oid)
+            if other is not None:
+                self._end_session(other)
+        return self._pool.has_room(size)
 
     def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
         """Another session has asked a worker to stop. If it has ended, the signal must not meet the next job."""

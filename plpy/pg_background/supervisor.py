@@ -721,12 +721,15 @@ class Supervisor:
         if not window:
             return self._lost(channel, window)
         position = wire.parse(window, channel.answer)
-        if channel.answer.complete:
-            self._answered(channel)
+        complete, is_outcome = channel.answer.complete, self._is_outcome(channel)
+        if complete and is_outcome:
+            self._answered(channel)  # told before it is taken: were this process to end here, it would be lost
         if position.consumed:
             wire.receive_from(channel.connection, position.consumed, 0)
             channel.window = WINDOW_BYTES
         channel.skip = position.skip
+        if complete and not is_outcome:
+            self._answered(channel)  # taken before it is told: its session sees whether something lies unread
         if not position.consumed and len(window) == channel.window and channel.window < _MAX_WINDOW_BYTES:
             channel.window *= 2
             return True
@@ -735,8 +738,15 @@ class Supervisor:
             return self._lost(channel, b"")
         return bool(position.consumed) and channel.answers_left > 0
 
+    @staticmethod
+    def _is_outcome(channel: Channel) -> bool:
+        """Whether the group that is being read is a job's answer: no verdict on it, nor its clean-up's."""
+        if channel.queue is not None and channel.queue.asked is not None:
+            return False
+        return channel.job is not None and channel.answers_left == channel.job.groups_after + 1
+
     def _answered(self, channel: Channel) -> None:
-        """A group is complete. The session is told before its bytes are taken from the socket."""
+        """A group is complete."""
         answer, channel.answer = channel.answer, wire.Answer()
         if channel.queue is not None and channel.queue.asked is not None:
             self._judge(channel, channel.queue, channel.queue.asked, answer)
