@@ -44,6 +44,10 @@ _MOST_DESCRIPTORS = 12
 # What a call may end with, beside the end of its connection: jobs and sessions are cancelled and terminated, and
 # there are fewer connections than would be used. Anything else is a bug.
 _EXPECTED_ERRORS = frozenset((None, "57014", "57P01", "08006", "53300", "53400", "22012", "42704"))
+# A cancel that meets a worker session's set-up is an error of PL/Python's there, and in the log.
+_NEVER_LOGGED = re.compile(
+    r"was terminated by signal|PANIC:|TRAP:|ERROR:  (?!spiexceptions)[\w.]*(Error|Exception): (?!canceling )"
+)
 _LOST = "08006"
 _ROLLED_BACK = "40000"
 
@@ -480,7 +484,9 @@ class Storm:
         self.wrong += [
             f"in the server's log: {line}"
             for line in log.splitlines()
-            if re.search(r"was terminated by signal|PANIC:|TRAP:|ERROR:  (?!spiexceptions)[\w.]*(Error|Exception): ", line)
+            if re.search(
+                r"was terminated by signal|PANIC:|TRAP:|ERROR:  (?!spiexceptions)[\w.]*(Error|Exception): ", line
+            )
         ]
 
     def _is_empty(self, database: str) -> bool:

@@ -362,7 +362,7 @@ class Runtime:
     @reply
     def detach(self, pid: int, cookie: int | None) -> str:
         """Stop tracking; the worker goes on."""
-        self._registry.release(self._registry.find(pid, cookie))
+        self._registry.detach(pid, cookie)
         return ""
 
     # --- observing ---

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import messages
@@ -37,6 +38,7 @@ _KEPT_SQL_CHARACTERS = 50_000
 _SLOT_RETRY_S = 0.05
 _CLEAN_UP_S = 0.05
 _WAITS_FOR_ANOTHER = 50
+_IN_A_ROW_S = 0.25  # a session that is started so soon after another is not the last one
 
 
 class Released(NamedTuple):
@@ -46,6 +48,7 @@ class Released(NamedTuple):
     cookie: int
     consumed: bool
     sql: str | None  # None: too long to be kept
+    unasked: bool  # for its room or its session
 
 
 class Registry:
@@ -62,6 +65,8 @@ class Registry:
         self._pool = Pool(server)
         self._configuration: Configuration | None = None  # of the latest launch
         self._waits_for_clean_up = 0
+        self._spare: WorkerSession | None = None  # begun ahead
+        self._new_session_at = 0.0  # of time.monotonic(): the latest
         self._workers: dict[int, Worker] = {}  # tracked, by pid
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
@@ -108,7 +113,7 @@ class Registry:
         while len(self._workers) >= max_workers:
             done = [worker for worker in self.all() if worker.job.submitted and worker.ended]
             if done:
-                self.release(done[0])
+                self.release(done[0], unasked=True)
             elif not self._wait_for_an_end(deadline):
                 raise background_error(
                     CONFIGURATION_LIMIT_EXCEEDED,
@@ -137,7 +142,7 @@ class Registry:
                     break
                 if self._is_ready(session):
                     return self._renew(session, guc_state)
-        return self._new_session(role_oid, guc_state, deadline)
+        return self._new_session(role_oid, guc_state, deadline, configuration)
 
     def _wants_another(self, session: WorkerSession, configuration: Configuration) -> bool:
         """Whether to start a second session for jobs in turn: while one is cleaned, the other runs.
@@ -189,7 +194,8 @@ class Registry:
     def _session_count(self) -> int:
         """How many sessions there are that the pool might come to keep."""
         read_here = sum(not worker.job.submitted for worker in self._workers.values())
-        return read_here + len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
+        elsewhere = len(self._elsewhere) + len(self._cleaned_elsewhere)
+        return read_here + len(self._pool.idle) + elsewhere + (self._spare is not None)
 
     def _renew(self, session: WorkerSession, guc_state: bytes) -> WorkerSession:
         if session.guc_state != guc_state:
@@ -228,13 +234,26 @@ class Registry:
         self._end_session(session)
         return session.users[:2]
 
-    def _new_session(self, role_oid: int, guc_state: bytes, deadline: float) -> WorkerSession:
+    def _new_session(
+        self, role_oid: int, guc_state: bytes, deadline: float, configuration: Configuration | None = None
+    ) -> WorkerSession:
+        """A session that no job has used. configuration: under which sessions may be begun ahead."""
+        if time.monotonic() - self._new_session_at > _IN_A_ROW_S:
+            configuration = None
         while True:
+            spare = self._take_spare(role_oid, guc_state)
             try:
-                session = WorkerSession.start(
-                    self.server, self._loopback_of_session(), self._inheritance, role_oid, guc_state
-                )
+                session = spare or self._begun(role_oid, guc_state)
+                try:
+                    self._begin_spare(session, configuration)
+                    session.finish(self._inheritance.hidden_settings)
+                except BaseException:
+                    session.close()
+                    raise
             except BackgroundError as error:
+                if spare is not None:  # its role has changed, say, or it was idle for too long
+                    configuration = None
+                    continue
                 if error.report.sqlstate != TOO_MANY_CONNECTIONS:
                     raise
                 self._drop_idle_sessions()
@@ -242,18 +261,44 @@ class Registry:
                     raise
                 self.server.wait_for((), min(deadline, time.monotonic() + _SLOT_RETRY_S))
             else:
+                self._new_session_at = time.monotonic()
                 self._forget_ended_with_pid(session.pid)
                 return session
+
+    def _begun(self, role_oid: int, guc_state: bytes, idle_timeout_ms: int | None = None) -> WorkerSession:
+        loopback = self._loopback_of_session()
+        return WorkerSession.start(self.server, loopback, self._inheritance, role_oid, guc_state, idle_timeout_ms)
+
+    def _begin_spare(self, session: WorkerSession, configuration: Configuration | None) -> None:
+        """Where one session is started after another, begin the next while Python starts in this one.
+
+        It takes a place in the pool, and is none of it before finish() has proved whose it is.
+        """
+        if configuration is None or not session.is_switched or self._session_count() + 2 > configuration.pool_size:
+            return
+        with suppress(BackgroundError, OSError):  # one that is wanted says why
+            self._spare = self._begun(session.role_oid, session.guc_state, configuration.pool_idle_timeout_ms)
+
+    def _take_spare(self, role_oid: int, guc_state: bytes) -> WorkerSession | None:
+        """The session that was begun ahead, if it is for this role and these settings; any other is ended."""
+        spare, self._spare = self._spare, None
+        if spare is not None and (spare.role_oid, spare.guc_state) != (role_oid, guc_state):
+            self._end_session(spare)
+            return None
+        return spare
 
     def _drop_idle_sessions(self) -> None:
         for session in self._pool.drop_all():
             self._end_session(session)
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            self._end_session(spare)
 
     def _forget_ended_with_pid(self, pid: int) -> None:
         """The operating system has given the pid of an ended submitted worker to a new session."""
         worker = self._workers.get(pid)
         if worker is not None:
-            self.release(worker)
+            self.release(worker, unasked=True)
 
     def _loopback_of_session(self) -> Loopback:
         if self._loopback is None:
@@ -325,16 +370,26 @@ class Registry:
 
     # --- letting go ---
 
-    def release(self, worker: Worker) -> None:
+    def detach(self, pid: int, cookie: int | None) -> None:
+        """Stop tracking a worker; one that was let go unasked meanwhile is no stranger. 42704, 55000, 42501."""
+        try:
+            worker = self.find(pid, cookie)
+        except BackgroundError:
+            for place, released in enumerate(self.released):
+                if released.unasked and (released.pid, released.cookie) == (pid, cookie):
+                    self.released[place] = released._replace(unasked=False)
+                    return
+            raise
+        self.release(worker)
+
+    def release(self, worker: Worker, *, unasked: bool = False) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
         kept = len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
         clean_up = worker.clean_up_behind() if kept < worker.configuration.pool_size else b""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
-        sql = worker.job.sql
-        self.released.append(
-            Released(worker.pid, worker.cookie, worker.consumed, sql if len(sql) <= _KEPT_SQL_CHARACTERS else None)
-        )
+        sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None
+        self.released.append(Released(worker.pid, worker.cookie, worker.consumed, sql, unasked))
         worker.backlog.clear()
         if not worker.ended:
             self._elsewhere[worker.key] = worker

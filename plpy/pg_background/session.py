@@ -10,7 +10,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from . import switch, wire
-from .errors import CONNECTION_FAILURE, INTERNAL_ERROR, BackgroundError, Report, background_error
+from .errors import (
+    CONNECTION_FAILURE,
+    INTERNAL_ERROR,
+    OBJECT_NOT_IN_PREREQUISITE_STATE,
+    BackgroundError,
+    Report,
+    background_error,
+)
 from .inheritance import Inheritance, Inherited
 from .loopback import Loopback
 from .process import process_start
@@ -87,7 +94,8 @@ class WorkerSession:
         self.known_to_supervisor = 0  # the number of the control connection over which it was handed over
         self.closed = False
         self.users: list[str] = []
-        self._counts_placeholders = False  # where Python runs in the worker already
+        self._is_superuser = False  # when it began: whether it has the right to become anybody
+        self.is_switched = False  # from another role: so Python runs in the worker already, which counts placeholders
         self._hidden_settings = 0  # how many it counts at least
         self._custom_names: frozenset[bytes] = frozenset()
         self._proven_answer = b""
@@ -96,10 +104,20 @@ class WorkerSession:
 
     @classmethod
     def start(
-        cls, server: Server, loopback: Loopback, inheritance: Inheritance, role_oid: int, guc_state: bytes
+        cls,
+        server: Server,
+        loopback: Loopback,
+        inheritance: Inheritance,
+        role_oid: int,
+        guc_state: bytes,
+        idle_timeout_ms: int | None = None,
     ) -> WorkerSession:
-        """Log in, become the role, prove it, and set what it inherits."""
+        """Log in, and begin to become the role, which takes a while: finish() must follow before anything else.
+
+        idle_timeout_ms: for one that is begun ahead; it ends itself when it was idle for so long.
+        """
         refused: BackgroundError | None = None
+        role = server.role(role_oid)
         for login in loopback.logins():
             inherited = inheritance.of(guc_state, login.settings, same_role=login.oid == role_oid)
             try:
@@ -110,22 +128,30 @@ class WorkerSession:
                 refused = refused or error
                 continue
             session = cls(server, connection, role_oid)
+            session.guc_state, session.inherited = guc_state, inherited
+            session._is_superuser = role is not None and role.is_superuser
             try:
-                session._set_up(inherited, inheritance.hidden_settings, same_role=login.oid == role_oid)
+                if login.oid != role_oid:
+                    session._begin_switch(idle_timeout_ms)
             except BaseException:
                 session.close()
                 raise
-            session.guc_state = guc_state
             return session
         assert refused is not None
         raise refused
 
-    def _set_up(self, inherited: Inherited, hidden_settings: dict[int, int], *, same_role: bool) -> None:
-        if not same_role:
-            self.run(self._switch_block(inherited))
-            self._counts_placeholders = True
+    def _begin_switch(self, idle_timeout_ms: int | None) -> None:
+        timeout = b"" if idle_timeout_ms is None else b"; SET idle_session_timeout = %d" % idle_timeout_ms
+        self._send(self._switch_block(self.inherited) + timeout)
+        self.is_switched = True
+
+    def finish(self, hidden_settings: dict[int, int]) -> None:
+        """Wait until it is the role, prove that, and set what it inherits."""
+        if self.is_switched:
+            self._last_result()
         self.verify()
-        if self._counts_placeholders and self.role_oid not in hidden_settings:
+        inherited, self.inherited = self.inherited, Inherited(b"", (), b"")
+        if self.is_switched and self.role_oid not in hidden_settings:
             # In one query with the settings: a transaction under them may be one that waits for the launcher's to end.
             count = b"SELECT " + self._placeholders_call()
             counted = self.run(b"; ".join(filter(None, (self.adopt(inherited), count)))).get_value(0, 0) or b"0"
@@ -149,7 +175,8 @@ class WorkerSession:
 
     def _switch_block(self, inherited: Inherited) -> bytes:
         """The DO block that becomes the role. Python's own literals carry the values, in plain ASCII."""
-        arguments = f"plpy, {self.role_oid:d}, {_system_user(self._server)!a}, {inherited.resets!a}"
+        role = f"{self.role_oid:d}, {self._is_superuser!r}"
+        arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
         body = _source_of_switch() + f"\nbecome({arguments.replace('$', chr(92) + 'x24')})\n"
         return b"DO LANGUAGE plpython3u $switch$" + body.encode("ascii") + b"$switch$"
 
@@ -159,6 +186,12 @@ class WorkerSession:
         row = self.run(b"SELECT " + _WHO_AM_I)
         self.users = [self._server.decode(row.get_value(0, column) or b"") for column in range(row.nfields)]
         role = self._server.role(self.role_oid)
+        if role is not None and role.is_superuser is not self._is_superuser:
+            raise background_error(
+                OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "the role of the background worker has just become a superuser, or ceased to be one",
+                hint="Launch it again.",
+            )
         if role is None or self.users != [role.name, role.name, "on" if role.is_superuser else "off"]:
             raise background_error(
                 INTERNAL_ERROR,
@@ -178,7 +211,7 @@ class WorkerSession:
     @property
     def is_still_its_role(self) -> bool:
         """Whether the role has the power that it had: the server keeps a session's right to become anybody."""
-        if self.users[2:] != ["on"]:
+        if not self._is_superuser:
             return True
         role = self._server.role(self.role_oid)
         return role is not None and role.is_superuser
@@ -192,7 +225,7 @@ class WorkerSession:
         """Two queries that make this session as a fresh one; the last row of their answers proves whose it is."""
         settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms
         settings += self.inherited.assign + b"; " if self.inherited.assign else b""
-        proof = _WHO_AM_I + (b", " + self._placeholders_call() if self._counts_placeholders else b"")
+        proof = _WHO_AM_I + (b", " + self._placeholders_call() if self.is_switched else b"")
         return wire.query_message(b"DISCARD ALL") + wire.query_message(settings + b"SELECT " + proof)
 
     def _placeholders_call(self) -> bytes:
@@ -301,6 +334,10 @@ class WorkerSession:
 
     def run(self, sql: bytes) -> PGresult:
         """Run a query of the set-up and wait for its last result; its error becomes ours."""
+        self._send(sql)
+        return self._last_result()
+
+    def _send(self, sql: bytes) -> None:
         try:
             self.connection.send_query(sql)
             self.flush()
@@ -308,7 +345,6 @@ class WorkerSession:
             if self.connection.status == _CONNECTION_OK:
                 raise
             raise BackgroundError(backend_died(self.pid, str(error).strip())) from error
-        return self._last_result()
 
     def _last_result(self) -> PGresult:
         last: PGresult | None = None

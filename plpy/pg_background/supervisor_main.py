@@ -27,7 +27,7 @@ def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     # PL/Python cannot pass on an error whose text is neither ASCII nor UTF-8, as a translated one may be.
     plpy.execute("SELECT pg_catalog.set_config('lc_messages', 'C', false)")
     store = Store(plpy)
-    switch.become(plpy, role_oid, None, (), held_to_limits=False)
+    switch.become(plpy, role_oid, False, None, (), held_to_limits=False)
     plpy.commit()
     _prove_role(plpy, role_oid)
 

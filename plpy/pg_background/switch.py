@@ -9,26 +9,31 @@ server in here would jump over Python's frames; ExitOnAnyError turns every one i
 """
 
 
-def become(plpy, role_oid, launcher_system_user, orders, held_to_limits=True):
+def become(plpy, role_oid, is_superuser, launcher_system_user, orders, held_to_limits=True):
     """Make role_oid the authenticated, session and current user, with the settings that its launcher has.
 
+    is_superuser: what the launcher knows of it. From here on the session has the right to become anybody, or has it
+    not, whatever becomes of the role; so the launcher must know which.
     launcher_system_user: (authentication method, identity) that SYSTEM_USER shows from 16 on; None: NULL.
     orders: (name, value, GucSource, setter) for each setting; setter: oid of who is said to have set it. Name and
     value are bytes in the database's encoding.
     held_to_limits: whether the CONNECTION LIMITs of role and database hold.
-    Raises 42704 (no such role), 53300 (no connection left), 0A000 (unsupported server).
+    Raises 42704 (no such role), 55000 (is_superuser has changed), 53300 (no connection left), 0A000 (unsupported
+    server).
     """
     import ctypes
 
     server = ctypes.PyDLL(None)
     major = check_server(plpy, server)
     role = find_role(plpy, role_oid)
+    if role["rolsuper"] is not is_superuser:
+        plpy.error("the role of a background worker has just become a superuser, or ceased to be one", sqlstate="55000")
     check_slots(plpy, server, major)
 
     exit_on_any_error = ctypes.c_bool.in_dll(server, "ExitOnAnyError")
     before = exit_on_any_error.value
     exit_on_any_error.value = True
-    switch_users(plpy, server, major, role_oid, role["rolsuper"])
+    switch_users(plpy, server, major, role_oid, is_superuser)
     if held_to_limits:
         check_limits(plpy, server, role_oid, role)
     if major >= 16:
