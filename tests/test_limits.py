@@ -63,7 +63,7 @@ def test_ended_submitted_workers_make_room(alice: Session) -> None:
     for handle in handles:  # those that made room have not become strangers
         wait(alice, handle)
         detach(alice, handle)
-        with pytest.raises(psycopg.Error, match="tracks no background worker|does not match"):
+        with pytest.raises(psycopg.Error, match=r"tracks no background worker|does not match"):
             detach(alice, handle)
     assert alice.value("SELECT workers_completed FROM pg_background_stats_v2()") == 6
 

@@ -75,6 +75,7 @@ class ModelJob:
     consumed: bool = False
     canceled: bool = False  # it was asked for, when the job had not ended for certain
     shot: bool = False  # by pg_cancel_backend or pg_terminate_backend
+    detached: bool = False
 
     @property
     def handle(self) -> tuple[int, int]:
@@ -258,8 +259,12 @@ class Model:
             query, arguments = "SELECT pg_background_detach(%s)", handle[:1]
         else:
             query, arguments = "SELECT pg_background_detach_v2(%s, %s)", handle
-        if self.call(actor, query, arguments, self.access_tracked(actor, job)) is not None:
-            actor.tracked.remove(job)
+        expected = self.access_tracked(actor, job)
+        if job.submitted and job.owner is actor and not job.detached:
+            expected |= self.access(actor, job)  # one that made room is no stranger
+        if self.call(actor, query, arguments, expected) is not None:
+            job.detached = True
+            actor.tracked = [other for other in actor.tracked if other is not job]
 
     def result(self, actor: Actor) -> None:
         job = self.pick(actor)

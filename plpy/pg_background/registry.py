@@ -46,6 +46,7 @@ class Released(NamedTuple):
 
     pid: int
     cookie: int
+    role_oid: int
     consumed: bool
     sql: str | None  # None: too long to be kept
     unasked: bool  # for its room or its session
@@ -377,6 +378,7 @@ class Registry:
         except BackgroundError:
             for place, released in enumerate(self.released):
                 if released.unasked and (released.pid, released.cookie) == (pid, cookie):
+                    self.require_membership(released.role_oid, pid)
                     self.released[place] = released._replace(unasked=False)
                     return
             raise
@@ -389,7 +391,7 @@ class Registry:
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None
-        self.released.append(Released(worker.pid, worker.cookie, worker.consumed, sql, unasked))
+        self.released.append(Released(worker.pid, worker.cookie, worker.role_oid, worker.consumed, sql, unasked))
         worker.backlog.clear()
         if not worker.ended:
             self._elsewhere[worker.key] = worker
