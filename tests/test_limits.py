@@ -68,6 +68,14 @@ def test_ended_submitted_workers_make_room(alice: Session) -> None:
     assert alice.value("SELECT workers_completed FROM pg_background_stats_v2()") == 6
 
 
+def test_many_submitted_workers_that_made_room_can_be_detached(alice: Session) -> None:
+    for setting in ("max_workers = 4", "pool_size = 4", "launch_timeout = '20s'"):
+        alice.execute(f"SET pg_background.{setting}")
+    submits = "SELECT pg_background_submit_v2('SELECT 1') AS h FROM generate_series(1, 400)"
+    for handle in alice.rows(f"SELECT (h).pid, (h).cookie FROM ({submits}) AS s"):
+        detach(alice, Handle(*handle))
+
+
 def test_lower_limit_is_for_new_workers_only(alice: Session) -> None:
     handles = [launch(alice, "SELECT 'x'") for _ in range(3)]
     alice.execute("SET pg_background.max_workers = 1")

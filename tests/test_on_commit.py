@@ -44,6 +44,11 @@ def note(session: Session, what: str) -> Handle:
     return submit(session, "INSERT INTO ran (what) VALUES ($1)", [what])
 
 
+def backend_is_gone(session: Session, pid: int) -> bool:
+    """Whether no session has that process."""
+    return not session.rows("SELECT FROM pg_stat_activity WHERE pid = %s", (pid,))
+
+
 def rows(session: Session) -> list[str]:
     """What has run, in order."""
     return [row[0] for row in session.rows("SELECT what FROM ran ORDER BY place")]
@@ -449,3 +454,14 @@ def test_nothing_is_left_after_a_cancelled_call(ran: Session, conn: Session) -> 
     wait(ran, final)
     wait_until(lambda: set(rows(ran)) == {*survived, "final"}, what="the jobs")
     wait_until(lambda: conn.rows("SELECT * FROM _pg_background_marker") == [], what="no marker left")
+
+
+def test_a_session_that_has_ended_for_being_idle_is_replaced(ran: Session) -> None:
+    ran.execute("SET pg_background.pool_idle_timeout = '200ms'")
+    handle = note(ran, "first")
+    assert state(ran, handle) == ("stopped", None)
+    wait_until(lambda: backend_is_gone(ran, handle.pid), what="its end")
+    with ran.transaction():
+        handle = note(ran, "second")
+    assert state(ran, handle) == ("stopped", None)
+    assert rows(ran) == ["first", "second"]

@@ -286,6 +286,15 @@ def test_an_idle_session_ends_after_pool_idle_timeout(alice: Session, conn: Sess
     assert worker_pid(alice) != pid
 
 
+def test_rows_can_be_read_after_their_session_has_ended_for_being_idle(alice: Session, conn: Session) -> None:
+    alice.execute("SET pg_background.pool_idle_timeout = '200ms'")
+    pid = worker_pid(alice)
+    handle = launch(alice, PID)
+    wait_until(lambda: not conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)), what="its end")
+    assert (handle.pid, result(alice, handle, "pid int")) == (pid, [(pid,)])
+    assert alice.notices == []
+
+
 def test_kept_sessions_end_with_their_launcher(alice: Session, conn: Session) -> None:
     pid = worker_pid(alice)
     assert conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)) == 1

@@ -14,6 +14,7 @@ from tests.test_reuse import worker_pid
 _USERS = "SELECT current_user::text, session_user::text, current_setting('is_superuser'), pg_backend_pid()"
 _COLUMNS = "u text, s text, p text, pid int"
 _BACKENDS = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
+_LOGGED_IN = "SELECT FROM pg_stat_activity WHERE application_name = %s AND usename <> %s AND state = 'idle'"
 _IN_A_ROW = 4  # the first that is begun ahead is the third one's
 
 
@@ -116,6 +117,39 @@ def test_a_change_of_its_roles_power_is_not_missed(
     assert seen[:3] == (changed, changed, "on" if after == "SUPERUSER" else "off")
     assert seen[3] != spare
     session.execute("SELECT pg_background_detach_all_v2()")
+
+
+def test_one_that_cannot_become_its_role_ends_at_once(alone: Session, conn: Session) -> None:
+    """It must not stay as the login role."""
+    name = sql.Identifier(alone.info.user)
+    for _ in range(5):
+        handles = launch_in_a_row(alone)
+        conn.execute(sql.SQL("ALTER ROLE {} SUPERUSER").format(name))
+        wait_until(lambda: not conn.rows(_LOGGED_IN, (WORKER_NAME, alone.info.user)), what="its end")
+        conn.execute(sql.SQL("ALTER ROLE {} NOSUPERUSER").format(name))
+        for handle in handles:
+            result(alone, handle, _COLUMNS)
+
+
+def test_a_job_in_it_sees_no_idle_timeout(alone: Session, conn: Session) -> None:
+    alone.execute("SET pg_background.pool_idle_timeout = '300ms'")
+    spare = spare_beside(launch_in_a_row(alone), conn)
+    handle = launch(alone, "SELECT current_setting('idle_session_timeout'), pg_backend_pid()")
+    assert result(alone, handle, "t text, pid int") == [("0", spare)]
+
+
+@pytest.mark.parametrize("kind", ["ROLE", "DATABASE"])
+def test_none_is_begun_where_connections_are_counted(alone: Session, conn: Session, kind: str) -> None:
+    """It could take the last one, which a worker is to have."""
+    limited = sql.Identifier(alone.info.user if kind == "ROLE" else alone.info.dbname)
+    conn.execute(sql.SQL("ALTER {} {} CONNECTION LIMIT 50").format(sql.SQL(kind), limited))
+    handles = launch_in_a_row(alone)
+    assert {handle.pid for handle in handles} == backends(conn)
+
+
+def test_none_is_begun_that_max_workers_forbids(alone: Session, conn: Session) -> None:
+    alone.execute(f"SET pg_background.max_workers = {_IN_A_ROW}")
+    assert {handle.pid for handle in launch_in_a_row(alone)} == backends(conn)
 
 
 def test_one_that_was_terminated_is_not_missed(alone: Session, conn: Session) -> None:

@@ -243,7 +243,10 @@ class Control:
         """Send what only a supervisor that is there needs to know."""
         if self._socket is not None:
             try:
-                messages.send(self._socket, message)
+                if self._untold:  # which must come before
+                    self.tell(message)
+                else:
+                    messages.send(self._socket, message)
             except BlockingIOError:
                 self.tell(message)
             except OSError:

@@ -111,7 +111,9 @@ class OnCommit:
         own = [batch for batch in self._batches.values() if batch.transaction == transaction]
         idle = [batch for batch in self._batches.values() if batch not in own and not batch.unresolved]
         for batch in own + idle:
-            if not batch.dirty and registry.can_serve(batch.session, configuration):
+            # One that has nothing to do and says something has ended, by its idle timeout for example.
+            ended = not batch.unresolved and self._server.is_readable(batch.session.connection.socket)
+            if not (batch.dirty or ended) and registry.can_serve(batch.session, configuration):
                 batch.transaction = transaction
                 return batch
         for batch in idle:

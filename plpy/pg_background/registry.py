@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from .bootstrap import Module
     from .on_commit import OnCommit
 
-_REMEMBERED = 200
+_REMEMBERED, _REMEMBERED_HANDLES = 200, 10_000
 _KEPT_SQL_CHARACTERS = 50_000
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
 _SLOT_RETRY_S = 0.05
 _CLEAN_UP_S = 0.05
 _WAITS_FOR_ANOTHER = 50
+_LEFT_BY_SPARES = 10  # connections
 _IN_A_ROW_S = 0.25  # a session that is started so soon after another is not the last one
 
 
@@ -46,10 +47,8 @@ class Released(NamedTuple):
 
     pid: int
     cookie: int
-    role_oid: int
     consumed: bool
     sql: str | None  # None: too long to be kept
-    unasked: bool  # for its room or its session
 
 
 class Registry:
@@ -72,6 +71,7 @@ class Registry:
         self._elsewhere: dict[int, Worker] = {}  # read by the supervisor, by key, until it tells their end
         self._cleaned_elsewhere: dict[int, WorkerSession] = {}  # the same, until it tells that they are clean
         self.released: deque[Released] = deque(maxlen=_REMEMBERED)
+        self._let_go_unasked: dict[tuple[int, int], int] = {}  # roles of submitted workers, by handle
         self.on_commit: OnCommit | None = None  # once there were jobs that wait for a commit
         self.counts = dict.fromkeys(State, 0)
         self.launched = 0
@@ -263,8 +263,9 @@ class Registry:
                 self.server.wait_for((), min(deadline, time.monotonic() + _SLOT_RETRY_S))
             else:
                 self._new_session_at = time.monotonic()
-                self._forget_ended_with_pid(session.pid)
-                return session
+                if self._may_have_pid(session):
+                    return session
+                session.close()
 
     def _begun(self, role_oid: int, guc_state: bytes, idle_timeout_ms: int | None = None) -> WorkerSession:
         loopback = self._loopback_of_session()
@@ -275,10 +276,28 @@ class Registry:
 
         It takes a place in the pool, and is none of it before finish() has proved whose it is.
         """
-        if configuration is None or not session.is_switched or self._session_count() + 2 > configuration.pool_size:
+        if configuration is None or not session.is_switched or not self._may_begin_spare(configuration):
             return
         with suppress(BackgroundError, OSError):  # one that is wanted says why
             self._spare = self._begun(session.role_oid, session.guc_state, configuration.pool_idle_timeout_ms)
+
+    def _may_begin_spare(self, configuration: Configuration) -> bool:
+        """Whether another session, beside the one that is being started, can be of use and harms nobody."""
+        is_useful = (
+            self._session_count() + 2 <= configuration.pool_size and len(self._workers) + 2 <= configuration.max_workers
+        )
+        return (
+            is_useful
+            and self.server.has_free_slots(_LEFT_BY_SPARES)
+            and not self.server.query(
+                "SELECT FROM pg_catalog.pg_roles r, pg_catalog.pg_database d"
+                " WHERE r.oid OPERATOR(pg_catalog.=) $1"
+                " AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()"
+                " AND (r.rolconnlimit OPERATOR(pg_catalog.>=) 0 OR d.datconnlimit OPERATOR(pg_catalog.>=) 0)",
+                ["pg_catalog.oid"],
+                [self.server.caller()],
+            )
+        )
 
     def _take_spare(self, role_oid: int, guc_state: bytes) -> WorkerSession | None:
         """The session that was begun ahead, if it is for this role and these settings; any other is ended."""
@@ -296,10 +315,21 @@ class Registry:
             self._end_session(spare)
 
     def _forget_ended_with_pid(self, pid: int) -> None:
-        """The operating system has given the pid of an ended submitted worker to a new session."""
+        """A session that has the pid of an ended submitted worker is to run another job."""
         worker = self._workers.get(pid)
         if worker is not None:
             self.release(worker, unasked=True)
+
+    def _may_have_pid(self, session: WorkerSession) -> bool:
+        """Whether a new session can run a worker: the operating system uses pids again.
+
+        False where that is the pid of a worker whose backend has died, and whose error nobody has read.
+        """
+        worker = self._workers.get(session.pid)
+        if worker is not None and not worker.job.submitted:
+            return False
+        self._forget_ended_with_pid(session.pid)
+        return True
 
     def _loopback_of_session(self) -> Loopback:
         if self._loopback is None:
@@ -373,16 +403,12 @@ class Registry:
 
     def detach(self, pid: int, cookie: int | None) -> None:
         """Stop tracking a worker; one that was let go unasked meanwhile is no stranger. 42704, 55000, 42501."""
-        try:
-            worker = self.find(pid, cookie)
-        except BackgroundError:
-            for place, released in enumerate(self.released):
-                if released.unasked and (released.pid, released.cookie) == (pid, cookie):
-                    self.require_membership(released.role_oid, pid)
-                    self.released[place] = released._replace(unasked=False)
-                    return
-            raise
-        self.release(worker)
+        role_oid = self._let_go_unasked.get((pid, cookie or 0))
+        if role_oid is None:
+            self.release(self.find(pid, cookie))
+        else:
+            self.require_membership(role_oid, pid)
+            del self._let_go_unasked[pid, cookie or 0]
 
     def release(self, worker: Worker, *, unasked: bool = False) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
@@ -391,7 +417,11 @@ class Registry:
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None
-        self.released.append(Released(worker.pid, worker.cookie, worker.role_oid, worker.consumed, sql, unasked))
+        if unasked:
+            self._let_go_unasked[worker.pid, worker.cookie] = worker.role_oid
+            while len(self._let_go_unasked) > _REMEMBERED_HANDLES:
+                del self._let_go_unasked[next(iter(self._let_go_unasked))]
+        self.released.append(Released(worker.pid, worker.cookie, worker.consumed, sql))
         worker.backlog.clear()
         if not worker.ended:
             self._elsewhere[worker.key] = worker

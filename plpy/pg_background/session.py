@@ -52,6 +52,7 @@ _FIELD_CODES = {
 
 # In a query of its own, between whose end and the job nothing runs: only what is committed proves anything.
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
+_FORGET_IDLE_TIMEOUT = b"; RESET idle_session_timeout"  # of one that was begun ahead
 _WHO_AM_I = b"CURRENT_USER, SESSION_USER, pg_catalog.current_setting('is_superuser')"
 CLEAN_UP_ANSWERS = 2
 
@@ -142,7 +143,7 @@ class WorkerSession:
 
     def _begin_switch(self, idle_timeout_ms: int | None) -> None:
         timeout = b"" if idle_timeout_ms is None else b"; SET idle_session_timeout = %d" % idle_timeout_ms
-        self._send(self._switch_block(self.inherited) + timeout)
+        self._send(self._switch_block(self.inherited, ends_refused=bool(timeout)) + timeout)
         self.is_switched = True
 
     def finish(self, hidden_settings: dict[int, int]) -> None:
@@ -173,16 +174,20 @@ class WorkerSession:
         self._proven_answer = b""
         return b"RESET ALL; " + inherited.assign if assigned_before else inherited.assign
 
-    def _switch_block(self, inherited: Inherited) -> bytes:
-        """The DO block that becomes the role. Python's own literals carry the values, in plain ASCII."""
+    def _switch_block(self, inherited: Inherited, *, ends_refused: bool) -> bytes:
+        """The DO block that becomes the role. Python's own literals carry the values, in plain ASCII.
+
+        ends_refused: where it cannot, nobody waits for its error, and it must not stay as the login role.
+        """
         role = f"{self.role_oid:d}, {self._is_superuser!r}"
         arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
-        body = _source_of_switch() + f"\nbecome({arguments.replace('$', chr(92) + 'x24')})\n"
+        call = f"{'become_or_end' if ends_refused else 'become'}({arguments.replace('$', chr(92) + 'x24')})"
+        body = f"{_source_of_switch()}\n{call}\n"
         return b"DO LANGUAGE plpython3u $switch$" + body.encode("ascii") + b"$switch$"
 
     def verify(self) -> None:
         """Prove that the session's user is the role, and that nothing leads back to another."""
-        self.run(_FORGET_ROLES)
+        self.run(_FORGET_ROLES + _FORGET_IDLE_TIMEOUT)
         row = self.run(b"SELECT " + _WHO_AM_I)
         self.users = [self._server.decode(row.get_value(0, column) or b"") for column in range(row.nfields)]
         role = self._server.role(self.role_oid)
@@ -359,8 +364,9 @@ class WorkerSession:
             if last is None or last.status in _RESULT_OK:
                 last = result
         if last is None or last.status not in _RESULT_OK:
-            report = backend_died(self.pid) if last is None else report_of(last, self._server)
-            raise BackgroundError(replace(report, message=_PYTHON_ERROR.sub("", report.message), context=None))
+            report = backend_died(self.pid) if last is None else report_of(last, self._server, self.pid)
+            message = _PYTHON_ERROR.sub("", report.message)
+            raise BackgroundError(replace(report, message=message, context=None, worker_pid=None))
         return last
 
     def _take_in(self) -> bool:

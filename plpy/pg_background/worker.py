@@ -466,7 +466,9 @@ class Worker:
         self._end()
 
     def _take_notice(self, result: PGresult) -> None:
-        self.backlog.append(report_of(result, self._server, self.pid), max(self.job.queue_size, _KEPT_BYTES))
+        report = report_of(result, self._server, self.pid)
+        if report.severity != "FATAL":  # the end of its session after its own is nothing to who reads its rows
+            self.backlog.append(report, max(self.job.queue_size, _KEPT_BYTES))
 
     def _fail(self, report: Report) -> None:
         if self.error is None:
