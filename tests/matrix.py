@@ -127,7 +127,7 @@ def _runs() -> list[Run]:
 def _runs_in_ci() -> list[Run]:
     return [
         Run(17, "CI's selection, peer", (*IN_CI, "--setup", "peer")),
-        Run(18, "CI's selection, trust", IN_CI),
+        Run(18, "CI's selection, no TCP", (*IN_CI, "--setup", "notcp")),
     ]
 
 
