@@ -419,6 +419,8 @@ class Cluster:
             parameters["user"] = str(user)
             if self._role_host is not None:
                 parameters.setdefault("host", self._role_host)
+        if self.encoding == "SQL_ASCII":
+            parameters.setdefault("client_encoding", "UTF8")  # else psycopg returns bytes
         # A prepared statement after the fifth run of a query would make tests depend on their length.
         return Session.connect(self.conninfo, autocommit=autocommit, prepare_threshold=None, **parameters)
 

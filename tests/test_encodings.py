@@ -213,10 +213,10 @@ def test_characters_outside_of_the_encoding_are_the_servers_error(session: Sessi
     escaped = _OUTSIDE.encode("utf-16-be").hex()
     escaped = f"\\u{escaped[:4]}\\u{escaped[4:]}"
     with sqlstate("22P05"):
-        run(session, f"SELECT '\"{escaped}\"'::jsonb", "j jsonb")
-    assert run(session, f"SELECT '\"{escaped}\"'::json::text") == [(f'"{escaped}"',)]
+        run(session, f'SELECT $$"{escaped}"$$::jsonb', "j jsonb")
+    assert run(session, f'SELECT $$"{escaped}"$$::json::text') == [(f'"{escaped}"',)]
     before = supervisor_pid(conn)
-    job = _submit(session, f"SELECT '\"{escaped}\"'::jsonb", escaped)
+    job = _submit(session, f'SELECT $$"{escaped}"$$::jsonb', escaped)
     wait(session, job)
     assert session.rows("SELECT sqlstate, label FROM pg_background_outcome_v2(%s, %s)", job) == [("22P05", escaped)]
     assert supervisor_pid(conn) == before

@@ -213,6 +213,8 @@ def test_planted_module_of_the_same_name_is_not_used(
 
 
 def test_create_extension_leaves_each_module_compiled_by_the_servers_python(conn: Session, fresh_database: str) -> None:
-    bodies = "SELECT count(*), count(*) FILTER (WHERE prosrc ~ '::pg_catalog.text /\\* [0-9a-f-]{17} [^ ]+ \\*/$')"
+    bodies = (
+        "SELECT count(*), count(*) FILTER (WHERE prosrc ~ $re$::pg_catalog.text /[*] [0-9a-f-]{17} [^ ]+ [*]/$$re$)"
+    )
     ((modules, compiled),) = conn.rows(f"{bodies} FROM pg_proc WHERE starts_with(proname, '_pg_background_module_')")
     assert modules == compiled > 30

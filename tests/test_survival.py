@@ -240,3 +240,20 @@ def test_300_chatty_jobs_survive_300_of_300(
     assert watcher.rows("SELECT count(*), count(DISTINCT number) FROM done") == [(total, total)]
     assert supervisor_pid(conn) == supervisor
     wait_until(lambda: descriptors(supervisor) <= before, what=f"no more than {before} descriptors")
+
+
+def test_the_end_of_a_job_that_was_looked_at_is_not_lost_with_its_launcher(
+    watcher: Session, conn: Session, connect: Callable[..., Session], owner: Role
+) -> None:
+    """Looking reads some of the rows ahead; the end of the answer may have come with them."""
+    launcher = connect(owner)
+    launcher.execute("SET pg_background.max_workers = 40")
+    handles = [
+        launch(launcher, f"SELECT repeat('x', 500) FROM generate_series(1, {count})") for count in range(110, 142)
+    ]
+    idle = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s) AND state = 'idle'"
+    pids = [handle.pid for handle in handles]
+    wait_until(lambda: conn.value(idle, (pids,)) == len(handles), what="the ends of all")
+    listed(launcher)
+    launcher.close()
+    assert {ended(watcher, handle)[0] for handle in handles} == {"stopped"}

@@ -33,6 +33,7 @@ _START_ANEW = ("55P03", "57P01", "08006")  # another one serves, or this one was
 _CONNECTION_OK = 0
 _MODULES = (
     "__init__",
+    "after_commit",
     "bootstrap",
     "deferral",
     "ledger",
@@ -40,6 +41,9 @@ _MODULES = (
     "outcomes",
     "process",
     "progress",
+    "questions",
+    "reports",
+    "sockets",
     "store",
     "supervised",
     "supervisor",

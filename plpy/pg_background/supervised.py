@@ -76,6 +76,11 @@ class Channel:
         self.window = WINDOW_BYTES
         self.tail = b""
 
+    def waiting_job(self, cookie: int) -> Job | None:
+        """The job with this cookie, if it waits here for a commit."""
+        jobs = [item.job for item in self.queue.unstarted()] if self.queue is not None else []
+        return next((job for job in jobs if job.row["cookie"] == cookie), None)
+
     @property
     def works(self) -> bool:
         """Whether something is still to come."""

@@ -261,11 +261,14 @@ class Worker:
         return self.state is not State.RUNNING
 
     def pump(self, limit: int) -> None:
-        """Take in what has arrived, without waiting, while less than `limit` bytes lie unread."""
+        """Take in what has arrived, without waiting, while less than `limit` bytes lie unread.
+
+        What libpq has read is taken in to its end: nobody else would find it, were this session to end.
+        """
         connection = self.session.connection
-        while self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
+        while self.state is State.RUNNING:
             if connection.is_busy():
-                if not self._server.is_readable(connection.socket):
+                if self.backlog.bytes_in_memory >= limit or not self._server.is_readable(connection.socket):
                     return
                 self._consume()
                 continue
