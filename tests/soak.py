@@ -48,6 +48,7 @@ _EXPECTED_ERRORS = frozenset((None, "57014", "57P01", "08006", "53300", "53400",
 _NEVER_LOGGED = re.compile(
     r"was terminated by signal|PANIC:|TRAP:|ERROR:  (?!spiexceptions)[\w.]*(Error|Exception): (?!canceling )"
 )
+_FULL, _CANCELED = "53400", "57014"
 _LOST = "08006"
 _ROLLED_BACK = "40000"
 
@@ -220,8 +221,12 @@ class Client:
         self.errors[error.sqlstate] += 1
         if error.sqlstate not in _EXPECTED_ERRORS or "Traceback" in str(error):
             self._ledger.complain(f"a call failed: {error.sqlstate} {error}")
+        if self.errors[_FULL] > self.errors[_CANCELED]:
+            self._ledger.complain("room is not given back")
         with suppress(psycopg.Error):
             self.session.rollback()
+            if error.sqlstate == _FULL:  # of workers whose calls were cancelled before they were let go
+                self.session.execute("SELECT pg_background_detach_all_v2()")
 
     def _come_back(self) -> None:
         self._ledger.launcher_died(self)
