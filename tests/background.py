@@ -74,3 +74,13 @@ def is_waiting(session: Session, handle: Handle, event: str) -> bool:
     """Whether a worker's backend waits for this; only when it works does pg_cancel_backend reach its SQL."""
     query = "SELECT wait_event = %s FROM pg_stat_activity WHERE pid = %s"
     return bool(session.rows(query, (event, handle.pid)) == [(True,)])
+
+
+def is_idle(session: Session, pid: int) -> bool:
+    """Whether a backend waits for its next statement: a worker's job has ended."""
+    return bool(session.rows("SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'idle'", (pid,)))
+
+
+def is_gone(session: Session, pid: int) -> bool:
+    """Whether there is no such backend."""
+    return not session.rows("SELECT FROM pg_stat_activity WHERE pid = %s", (pid,))

@@ -14,7 +14,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import Handle, detach, is_waiting, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_gone, is_waiting, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
 
 Connect = Callable[..., Session]
@@ -173,7 +173,7 @@ def test_deaf_worker_is_terminated_after_its_grace(alice: Session, conn: Session
     assert 0.3 <= time.monotonic() - started < 1.5
     assert state(alice, handle) == "canceled"
     assert seen_state(alice, handle) == "canceled"
-    wait_until(lambda: not conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s", (handle.pid,)))
+    wait_until(lambda: is_gone(conn, handle.pid))
     with sqlstate("57P01"):
         result(alice, handle)
     assert run(alice, "SELECT 'next'") == [("next",)]

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import psycopg
 import pytest
 
-from tests.background import Handle, launch, listed, result, run, wait
+from tests.background import Handle, is_idle, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
 from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_supervisor import control_path
@@ -285,7 +285,7 @@ def test_a_supervisor_that_hangs_delays_only(session: Session, conn: Session, le
         assert run(session, "SELECT 5", "n int") == [(5,)]  # which needs no answer of its
         handle = submit(session, "SELECT 6")
         wait_until(
-            lambda: conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'idle'", (handle.pid,)),
+            lambda: is_idle(conn, handle.pid),
             what="the end of the job",
         )
     wait(session, handle)

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import Handle, listed, wait
+from tests.background import Handle, is_gone, listed, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
 from tests.supervision import supervisor_pid, supervisor_pids
 
@@ -42,11 +42,6 @@ def submit(session: Session, query: str, params: list[Any] | None = None, label:
 def note(session: Session, what: str) -> Handle:
     """Submits a job that leaves a row."""
     return submit(session, "INSERT INTO ran (what) VALUES ($1)", [what])
-
-
-def backend_is_gone(session: Session, pid: int) -> bool:
-    """Whether no session has that process."""
-    return not session.rows("SELECT FROM pg_stat_activity WHERE pid = %s", (pid,))
 
 
 def rows(session: Session) -> list[str]:
@@ -460,7 +455,7 @@ def test_a_session_that_has_ended_for_being_idle_is_replaced(ran: Session) -> No
     ran.execute("SET pg_background.pool_idle_timeout = '200ms'")
     handle = note(ran, "first")
     assert state(ran, handle) == ("stopped", None)
-    wait_until(lambda: backend_is_gone(ran, handle.pid), what="its end")
+    wait_until(lambda: is_gone(ran, handle.pid), what="its end")
     with ran.transaction():
         handle = note(ran, "second")
     assert state(ran, handle) == ("stopped", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
 from tests.supervision import stopped, supervisor_pid, terminate_supervisor
 
@@ -261,7 +261,7 @@ def test_a_report_without_a_supervisor_is_dropped(fresh_database: str, alice: Se
     handle = launch(alice, "SELECT pg_sleep(0.5); SELECT pg_background_progress(50)")
     terminate_supervisor(conn)
     wait_until(
-        lambda: conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'idle'", (handle.pid,)),
+        lambda: is_idle(conn, handle.pid),
         what="the end of the job",
     )
     assert result(alice, handle, "nothing text") == [(None,)]

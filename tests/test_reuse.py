@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
-from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_gone, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
 from tests.supervision import descriptors, terminate_supervisor
 
@@ -282,7 +282,7 @@ def test_idle_sessions_of_another_role_make_room(conn: Session, role: Callable[.
 def test_an_idle_session_ends_after_pool_idle_timeout(alice: Session, conn: Session) -> None:
     alice.execute("SET pg_background.pool_idle_timeout = '200ms'")
     pid = worker_pid(alice)
-    wait_until(lambda: not conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)), what="its end")
+    wait_until(lambda: is_gone(conn, pid), what="its end")
     assert worker_pid(alice) != pid
 
 
@@ -290,7 +290,7 @@ def test_rows_can_be_read_after_their_session_has_ended_for_being_idle(alice: Se
     alice.execute("SET pg_background.pool_idle_timeout = '200ms'")
     pid = worker_pid(alice)
     handle = launch(alice, PID)
-    wait_until(lambda: not conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)), what="its end")
+    wait_until(lambda: is_gone(conn, pid), what="its end")
     assert (handle.pid, result(alice, handle, "pid int")) == (pid, [(pid,)])
     assert alice.notices == []
 
@@ -299,7 +299,7 @@ def test_kept_sessions_end_with_their_launcher(alice: Session, conn: Session) ->
     pid = worker_pid(alice)
     assert conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)) == 1
     alice.close()
-    wait_until(lambda: not conn.value("SELECT count(*) FROM pg_stat_activity WHERE pid = %s", (pid,)), what="its end")
+    wait_until(lambda: is_gone(conn, pid), what="its end")
 
 
 def test_a_kept_session_that_was_terminated_is_replaced(alice: Session, conn: Session) -> None:

@@ -21,7 +21,7 @@ import pytest
 from pg_background import messages, wire
 from pg_background.process import process_start
 
-from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, server_log, server_log_size, sqlstate, wait_until
 from tests.supervision import descriptors, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_survival import ended, submit
@@ -384,7 +384,7 @@ def test_an_end_that_a_cancel_kept_from_it_is_told_by_the_next_call(
     with Path(f"{control_path(cluster, conn)}.start").open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         wait_until(
-            lambda: conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s AND state = 'idle'", (handle.pid,)),
+            lambda: is_idle(conn, handle.pid),
             what="the end of the job",
         )
         alice.execute("SET statement_timeout = '300ms'")

@@ -15,7 +15,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import Handle, detach, launch, listed, wait
+from tests.background import Handle, detach, is_gone, launch, listed, wait
 from tests.clusters import Cluster, Role, Session, wait_until
 from tests.supervision import descriptors, supervisor_pid
 
@@ -154,7 +154,7 @@ def test_a_job_whose_sql_was_not_sent_whole_does_not_run(
                 sending.result(10)
     finally:
         os.kill(handle.pid, 18)
-    wait_until(lambda: not conn.rows("SELECT FROM pg_stat_activity WHERE pid = %s", (handle.pid,)))
+    wait_until(lambda: is_gone(conn, handle.pid))
     assert watcher.rows("SELECT FROM done") == []
     states = "SELECT count(*) FROM pg_background_activity WHERE state = 'running'"
     wait_until(lambda: watcher.value(states) == 0, what="no row that says running")

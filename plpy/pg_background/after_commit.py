@@ -13,7 +13,7 @@ from .deferral import Deferred, Packet, Queue, packet_from
 from .ledger import Ledger
 from .outcomes import outcome_of, rolled_back, timestamp
 from .sockets import Sockets
-from .store import Row
+from .store import KEY, Row
 from .supervised import Channel, Job
 
 
@@ -79,7 +79,7 @@ class AfterCommit:
     def end_unsent(self, channel: Channel, job: Job, changes: Row) -> None:
         """A job has ended without having been sent; if it was cancelled, that is known already."""
         if channel.link is not None:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row["key"], changes, messages.NOT_RUN])
+            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN])
         if job.running:
             self._end(job, changes)
 

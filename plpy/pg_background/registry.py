@@ -192,11 +192,14 @@ class Registry:
             self.control.hear()
         return True
 
+    def _kept_count(self) -> int:
+        """How many sessions are kept, or will be when the supervisor has read what they say."""
+        return len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
+
     def _session_count(self) -> int:
-        """How many sessions there are that the pool might come to keep."""
+        """How many there are that the pool might come to keep: also those that are read here, and one begun ahead."""
         read_here = sum(not worker.job.submitted for worker in self._workers.values())
-        elsewhere = len(self._elsewhere) + len(self._cleaned_elsewhere)
-        return read_here + len(self._pool.idle) + elsewhere + (self._spare is not None)
+        return read_here + self._kept_count() + (self._spare is not None)
 
     def _renew(self, session: WorkerSession, guc_state: bytes) -> WorkerSession:
         if session.guc_state != guc_state:
@@ -412,8 +415,8 @@ class Registry:
 
     def release(self, worker: Worker, *, unasked: bool = False) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
-        kept = len(self._pool.idle) + len(self._elsewhere) + len(self._cleaned_elsewhere)
-        clean_up = worker.clean_up_behind() if kept < worker.configuration.pool_size else b""
+        has_room = self._kept_count() < worker.configuration.pool_size
+        clean_up = worker.clean_up_behind() if has_room else b""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None

@@ -583,15 +583,16 @@ class Supervisor:
         if not window:
             return self._lost(channel, window)
         position = wire.parse(window, channel.answer)
-        complete, is_outcome = channel.answer.complete, self._is_outcome(channel)
-        if complete and is_outcome:
-            self._answered(channel)  # told before it is taken: were this process to end here, it would be lost
+        complete = channel.answer.complete
+        is_outcome = complete and self._is_outcome(channel)
+        if is_outcome:
+            self._take_outcome(channel)  # told before it is taken: were this process to end here, it would be lost
         if position.consumed:
             wire.receive_from(channel.connection, position.consumed, 0)
             channel.window = WINDOW_BYTES
         channel.skip = position.skip
         if complete and not is_outcome:
-            self._answered(channel)  # taken before it is told: its session sees whether something lies unread
+            self._take_other_answer(channel)  # taken before it is told: its session sees whether something lies unread
         if not position.consumed and len(window) == channel.window and channel.window < _MAX_WINDOW_BYTES:
             channel.window *= 2
             return True
@@ -602,23 +603,26 @@ class Supervisor:
 
     @staticmethod
     def _is_outcome(channel: Channel) -> bool:
-        """Whether the group that is being read is a job's answer: no verdict on it, nor its clean-up's."""
+        """Whether the group that was read is a job's answer: no verdict on it, nor its clean-up's."""
         if channel.queue is not None and channel.queue.asked is not None:
             return False
         return channel.job is not None and channel.answers_left == channel.job.groups_after + 1
 
-    def _answered(self, channel: Channel) -> None:
-        """A group is complete."""
+    def _take_outcome(self, channel: Channel) -> None:
+        answer, channel.answer = channel.answer, wire.Answer()
+        channel.answers_left -= 1
+        assert channel.job is not None
+        if channel.job.running:
+            self._tell_ended(channel, channel.job, self._outcome_of(channel.job, answer), None)
+
+    def _take_other_answer(self, channel: Channel) -> None:
+        """A verdict on a job that waits for a commit, or a part of a clean-up."""
         answer, channel.answer = channel.answer, wire.Answer()
         if self._after_commit.take_answer(channel, answer):
             return
         channel.answers_left -= 1
         job, link = channel.job, channel.link
         assert job is not None
-        if channel.answers_left == job.groups_after:
-            if job.running:
-                self._tell_ended(channel, job, self._outcome_of(job, answer), None)
-            return
         channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left:
             return
