@@ -502,7 +502,7 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_detach", ("int4", "int8"), "stops tracking a worker."),
     Internal("_pg_background_cancel", ("int4", "int8", "int4"), "asks a worker to stop."),
     Internal("_pg_background_progress", ("int4", "text"), "sends a worker's progress to the supervisor."),
-    Internal("_pg_background_placeholders", (), "how many settings this session has that pg_settings does not show."),
+    Internal("_pg_background_proof", ("int4",), "a worker session's users, and how many settings are hidden in it."),
     Internal("_pg_background_list", (), "reply: this session's workers as JSON."),
     Internal("_pg_background_stats", (), "reply: this session's counts as JSON."),
     Internal("_pg_background_mark", ("oid",), "leaves a marker for a role's worker in the caller's transaction."),

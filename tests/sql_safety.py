@@ -82,6 +82,19 @@ def functions(script: str) -> list[Function]:
     return [_function(s, text) for s, text in _statements(script) if isinstance(s, ast.CreateFunctionStmt)]
 
 
+def blocks(script: str) -> list[Function]:
+    """The DO blocks, which a superuser runs at CREATE EXTENSION: as functions without arguments."""
+    found: list[Function] = []
+    for statement, _ in _statements(script):
+        if isinstance(statement, ast.DoStmt):
+            parts = {part.defname: part.arg.sval for part in statement.args or ()}
+            language, body = parts.get("language", "plpgsql"), parts["as"]
+            name = f"DO block {len(found) + 1}"
+            text = f"CREATE FUNCTION block() RETURNS pg_catalog.void LANGUAGE {language} AS $block${body}$block$"
+            found.append(Function(name, language, body, definer=False, search_path=None, text=text))
+    return found
+
+
 # --- definer functions, and what PUBLIC may ---------------------------------------------------------
 
 
@@ -137,10 +150,10 @@ def _granted_object(granted: Any) -> str:
 
 
 def unqualified_names(script: str) -> list[str]:
-    """Names in bodies that are resolved when they run, with the search_path of whoever calls."""
+    """Names in bodies that are resolved when they run, with the search_path of whoever calls, or of the script."""
     return [
         f"{function.signature}: {complaint}"
-        for function in functions(script)
+        for function in functions(script) + blocks(script)
         if function.body is not None
         for complaint in _READERS[function.language](function)
     ]

@@ -73,6 +73,32 @@ def test_role_database_and_schema_of_a_hostile_name(
             assert admin.value(f"SELECT {home}.{verb}_pg_background_privileges(%s)", (str(victim),)) is True
 
 
+# Of schemas: what could end the quotes around a function's body, or take part in what CREATE EXTENSION replaces there.
+HOSTILE_SCHEMAS = [
+    "$function$;ALTER USER chief SUPERUSER;SET a.b=$function$",
+    "a$function$b",
+    "my pg_background_home",
+    "Up Per",
+    "o'hare",
+    "\\back",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_SCHEMAS)
+def test_extension_in_a_schema_of_a_hostile_name(
+    name: str, fresh_database: str, conn: Session, role: NewRole, connect: Connect
+) -> None:
+    """Created there, not moved there."""
+    chief = role("chief")
+    schema = sql.Identifier(name)
+    create = "DROP EXTENSION pg_background; CREATE SCHEMA {0}; CREATE EXTENSION pg_background SCHEMA {0}"
+    conn.execute(sql.SQL(create.replace("chief", str(chief))).format(schema))
+    conn.execute(sql.SQL("GRANT USAGE ON SCHEMA {} TO pgbackground_role").format(schema))
+    assert conn.rows("SELECT rolname FROM pg_roles WHERE rolsuper AND oid <> 10") == []
+    with connect(role("alice")) as session:
+        call_everything(session, schema.as_string(session))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_types_columns_labels_and_texts_of_a_hostile_name(alice: Session, name: str) -> None:
     """A job returns values of a type of that name, in a column of that name, and fails with that text."""

@@ -282,3 +282,9 @@ def _costs(session: Session) -> float:
         return time.perf_counter() - started
 
     return min(once() for _ in range(20))
+
+
+def test_a_submit_that_waits_for_room_misses_no_end(alice: Session) -> None:
+    """It waited for news after it had heard that there was room, and gave up at launch_timeout."""
+    alice.execute("SET pg_background.max_workers = 1; SET pg_background.launch_timeout = '2s'")
+    alice.execute("DO $$ BEGIN FOR i IN 1..1500 LOOP PERFORM pg_background_submit_v2('SELECT 1'); END LOOP; END $$")

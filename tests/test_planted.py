@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 
@@ -189,12 +190,67 @@ def test_a_function_in_the_schema_of_before_is_not_called(
     assert alice.rows("SELECT * FROM former.pg_background_result(%s) AS r(n int)", (pid,)) == [(1,)]
     conn.execute("ALTER EXTENSION pg_background SET SCHEMA later")
     planter = connect(mallory)
-    for name, returned in (("_pg_background_placeholders()", "int4"), ("_pg_background_has_committed(uuid)", "bool")):
+    for name, returned in (
+        ("_pg_background_proof(int4)", "text"),
+        ("_pg_background_has_committed(uuid)", "bool"),
+        ("_pg_background_checked(text)", "text"),
+        ("_pg_background_open_result(int4, int8)", "text"),
+        ("_pg_background_taken(int4)", "text"),
+        ("_pg_background_close_result(int4)", "text"),
+    ):
         planter.execute(f"CREATE FUNCTION former.{name} RETURNS {returned} {BODY}")
     for _ in range(3):
         alice.value("SELECT state FROM later.pg_background_run_v2('SELECT 1')")
+        for query, rows in (("SELECT 1", 1), ("SELECT generate_series(1, 3)", 3), ("LISTEN nobody", 1)):
+            column = "t text" if query.startswith("LISTEN") else "n int"
+            pid = alice.value("SELECT later.pg_background_launch(%s)", (query,))
+            assert len(alice.rows(f"SELECT * FROM later.pg_background_result(%s) AS r({column})", (pid,))) == rows
         handle = alice.rows("SELECT pid, cookie FROM later.pg_background_submit_on_commit_v2('SELECT 1')")[0]
         alice.execute("SELECT later.pg_background_wait_v2(%s, %s)", handle)
     wait_until(lambda: not conn.rows("SELECT FROM pg_stat_activity WHERE usename = %s AND state = 'active'",
                                      (alice.info.user,)), what="the clean-ups' ends")  # fmt: skip
     assert not _touched(conn)
+
+
+INEXACT = ("oid", "regclass", "regproc", "regnamespace", "name", "text", '"char"', "int4", "int8", "bool")
+
+
+def test_create_extension_uses_nothing_that_is_planted_in_its_schema(
+    planted: Session, conn: Session, fresh_database: str
+) -> None:
+    """Operators fit better there than those of pg_catalog where these take other types."""
+    conn.execute("DROP EXTENSION pg_background; CREATE SCHEMA target")
+    conn.execute(sql.SQL("GRANT ALL ON SCHEMA target TO {}").format(sql.Identifier(planted.info.user)))
+    count = 0
+    for left, right in itertools.product(INEXACT, INEXACT):
+        arguments = f"pg_catalog.{left}, pg_catalog.{right}"
+        planted.execute(f"CREATE FUNCTION target.compared({arguments}) RETURNS pg_catalog.bool {BODY}")
+        for operator in ("=", "<>", ">", "<", "~", "!~"):
+            planted.execute(
+                f"CREATE OPERATOR target.{operator} (FUNCTION = target.compared,"
+                f" LEFTARG = pg_catalog.{left}, RIGHTARG = pg_catalog.{right})"
+            )
+            count += 1
+    conn.execute("CREATE EXTENSION pg_background SCHEMA target")
+    assert count == 600
+    assert not _touched(planted)
+
+
+def test_an_overload_in_the_extensions_schema_is_not_called(
+    planted: Session, connect: Connect, role: NewRole, conn: Session, fresh_database: str
+) -> None:
+    """Of those functions that are called by name, for each type that an argument could be taken for."""
+    conn.execute(sql.SQL("GRANT CREATE ON SCHEMA public TO {}").format(sql.Identifier(planted.info.user)))
+    for name, arguments in (
+        ("_pg_background_open_as", ("int4", "int8", "regtype")),
+        ("_pg_background_open_result", ("int4", "int4")),
+        ("_pg_background_checked", ("varchar",)),
+        ("_pg_background_taken", ("int8",)),
+        ("_pg_background_close_result", ("int8",)),
+        ("_pg_background_raise", ("json",)),
+    ):
+        types = ", ".join(f"pg_catalog.{argument}" for argument in arguments)
+        planted.execute(f"CREATE FUNCTION public.{name}({types}) RETURNS pg_catalog.text {BODY}")
+    victim = connect(role("victim"))
+    call_everything(victim)
+    assert not _touched(planted)

@@ -449,3 +449,17 @@ def test_listed_and_counted_after_reuse(alice: Session) -> None:
     assert listed(alice) == []
     counts = alice.rows("SELECT workers_launched, workers_completed, workers_active FROM pg_background_stats_v2()")
     assert counts == [(3, 3, 0)]
+
+
+def test_a_job_under_deferrable_defaults_does_not_keep_its_launcher_waiting(alice: Session) -> None:
+    """What cleans its session takes a snapshot, and that waits for the end of the launcher's own transaction."""
+    alice.execute("CREATE TABLE written (n int)")
+    alice.execute(
+        "SET default_transaction_isolation = serializable; SET default_transaction_read_only = on;"
+        " SET default_transaction_deferrable = on; SET statement_timeout = '20s'"
+    )
+    alice.execute("BEGIN ISOLATION LEVEL SERIALIZABLE READ WRITE NOT DEFERRABLE")
+    alice.execute("INSERT INTO written VALUES (1)")
+    for _ in range(3):
+        assert run(alice, "SET TRANSACTION NOT DEFERRABLE; SELECT 1", "n int") == [(1,)]
+    alice.execute("ROLLBACK")

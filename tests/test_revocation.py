@@ -169,7 +169,7 @@ def test_nor_in_a_transaction_that_sees_it_as_a_superuser_still(
 
 
 def _is_idle(admin: Session, pid: int) -> bool:
-    query = "SELECT state = 'idle' AND query LIKE '%%is_superuser%%' FROM pg_stat_activity WHERE pid = %s"
+    query = "SELECT state = 'idle' AND query = 'DISCARD ALL' FROM pg_stat_activity WHERE pid = %s"
     return admin.rows(query, (pid,)) == [(True,)]
 
 

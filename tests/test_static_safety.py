@@ -123,6 +123,11 @@ def test_an_unqualified_name_in_sql_and_python_bodies_is_found() -> None:
     assert sql_safety.unqualified_names("CREATE FUNCTION b() RETURNS int4 BEGIN ATOMIC SELECT now(); END") == []
 
 
+def test_an_unqualified_name_in_a_block_is_found() -> None:
+    script = "DO LANGUAGE plpgsql $do$\nBEGIN\n    PERFORM FROM pg_catalog.pg_class c WHERE c.oid = 5;\nEND;\n$do$"
+    assert sql_safety.unqualified_names(script) == ["DO block 1: operator = has no schema"]
+
+
 @pytest.mark.parametrize(
     "source",
     [

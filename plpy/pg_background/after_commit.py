@@ -50,7 +50,7 @@ class AfterCommit:
         """Take a job in."""
         channel.reads = True
         queue = channel.queue = channel.queue or Queue()
-        queue.users = list(extras["users"])
+        queue.proof = list(extras["proof"])
         self._ledger.note(job.row)
         idle = not queue.is_busy
         queue.waiting.append(Deferred(job, packet, int(extras["timeout_ms"])))
@@ -71,7 +71,7 @@ class AfterCommit:
         if queue is None:
             return
         queue.runs = False
-        if row[: len(queue.users)] == queue.users:
+        if row[: len(queue.proof)] == queue.proof:
             self._ask_next(channel, queue)
         else:
             self._give_up(channel, queue)

@@ -268,10 +268,14 @@ class Beyond:
     @reply
     def open_as(self, pid: int | None, cookie: int | None, row_type: int | None) -> str:
         """As open_result, with the columns of a row type, or, if that is None, one column of JSON objects."""
+        return "+" + self._opened_as(pid, cookie, row_type)
+
+    def _opened_as(self, pid: int | None, cookie: int | None, row_type: int | None) -> str:
         if pid is None or cookie is None:
             raise background_error(NULL_VALUE_NOT_ALLOWED, "the handle of a background worker must not be null")
-        worker, query = self._runtime.opened(pid, cookie)
-        if query.startswith("="):
+        worker = self._runtime.opened(pid, cookie)
+        query = self._runtime.tags_or_query(worker)
+        if worker.command_tags is not None:
             return query
         whole = "." if query.startswith(".") else ""
         query = query[len(whole) :]

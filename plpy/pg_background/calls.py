@@ -24,7 +24,7 @@ from .errors import (
     report_of_system_call,
 )
 from .registry import Registry
-from .results import rows_query, streamed, written_out
+from .results import INT4, INT8, TEXT, rows_query, streamed, texts_of, written_out
 from .server import Server
 from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _LAST_ERROR_CHARACTERS = 512
 MAX_TIMEOUT_MS = 86_400_000
 MAX_GRACE_MS = 3_600_000
+_QUICK_S = 0.01
+# Types whose arrays have a query of their own, with a kept plan, in the functions that return rows.
+_MARKS = {INT4: "4", INT8: "8", TEXT: "t"}
 TERMINATION_S = 5.0  # how long a call waits for a backend that it has terminated
 
 Method = TypeVar("Method", bound=Callable[..., str])
@@ -67,7 +70,7 @@ class Runtime:
         self._server = Server(plpy)
         settings.define(self._server, memory)
         self._registry = Registry(self._server, digest, read_module)
-        self._configurations = settings.Configurations(self._server, output_settings.NAMES)
+        self._configurations = settings.Configurations(self._server, output_settings.NAMES, output_settings.inherited)
         self._reading: dict[int, Reading] = {}
         self._reader_settings = output_settings.ReaderSettings(self._server)
 
@@ -152,12 +155,17 @@ class Runtime:
     def open_result(self, pid: int, cookie: int | None) -> str:
         """Wait for the first rows; the query that delivers them, which calls `batches`, before close_result.
 
-        With a "." before it, it calls `taken` and needs no close_result; with "=" and command tags the caller does.
+        A "." before it: it calls `taken`, and needs no close_result. In its place, where the caller calls `taken`: "="
+        and a text, "*" and command tags, one a line, or a mark of _MARKS and an array of that type.
+        A "+" before all that: it took a while, in which the extension may have moved to another schema.
         """
-        return self.opened(pid, cookie)[1]
+        quick_until = time.monotonic() + _QUICK_S
+        worker = self.opened(pid, cookie)
+        reply = _tags_of(worker) or self._plain_column(worker) or self.rows_query(worker)
+        return reply if time.monotonic() < quick_until else "+" + reply
 
-    def opened(self, pid: int, cookie: int | None) -> tuple[Worker, str]:
-        """As open_result, and the worker."""
+    def opened(self, pid: int, cookie: int | None) -> Worker:
+        """The worker, when its columns are known or it has ended."""
         worker = self._registry.find_for_result(pid, cookie)
         if worker.job.submitted:
             raise background_error(
@@ -177,13 +185,24 @@ class Runtime:
             self._finish(worker)
             assert worker.problem is not None
             raise BackgroundError(worker.problem)
-        return worker, self._rows_query(worker)
+        return worker
 
-    def _rows_query(self, worker: Worker) -> str:
+    def tags_or_query(self, worker: Worker) -> str:
+        """As open_result, for all but the columns that have a mark."""
+        return _tags_of(worker) or self.rows_query(worker)
+
+    def _plain_column(self, worker: Worker) -> str:
+        """The mark and the array of a small result of one column of a type that is met often; empty for any other."""
+        columns = worker.columns or ()
+        mark = _MARKS.get(columns[0].type_oid) if len(columns) == 1 else None
+        rows = self._whole_rows(worker) if mark is not None else None
+        texts = texts_of(rows, self._server.encoding) if rows is not None else None
+        # What stands for NULL in an array depends on a setting.
+        return f"{mark}{texts[0]}" if texts is not None and "NULL" not in texts[0] else ""
+
+    def rows_query(self, worker: Worker) -> str:
         """Types of the job's own making show only after its commit."""
         columns = worker.columns or ()
-        if worker.command_tags is not None:
-            return "=" + worker.command_tags
         names = self._registry.type_names.of(columns)
         if names is None:
             worker.wait(None)
@@ -197,7 +216,8 @@ class Runtime:
         written = worker.written_under()
         wanted = output_settings.wanted_by_reader(worker.dependence, written)
         if not worker.dependence.settings and self._reader_settings.hold(wanted):
-            whole = self._whole_result(worker)
+            rows = self._whole_rows(worker)
+            whole = written_out(rows, self._server.encoding) if rows is not None else None
             if whole is not None:
                 taken = (
                     f"FROM {{schema}}._pg_background_checked({{schema}}._pg_background_taken({worker.pid})) AS taken"
@@ -208,12 +228,11 @@ class Runtime:
         literals, source = streamed(batches, columns, self._server.encoding)
         return rows_query(columns, names, literals, source, zoned=output_settings.reads_zones(columns, written))
 
-    def _whole_result(self, worker: Worker) -> list[str] | None:
-        """The literals of a small result that is there to its end; None for any other."""
+    def _whole_rows(self, worker: Worker) -> Rows | None:
+        """The rows of a result that is there to its end, in one batch; None for any other."""
         if worker.state is not State.STOPPED or worker.problem is not None:
             return None
-        rows = worker.backlog.only_rows()
-        return None if rows is None else written_out(rows, self._server.encoding)
+        return worker.backlog.only_rows()
 
     def batches(self, pid: int) -> Iterator[list[bytes]]:
         """The rows of an opened result, a batch at a time, each a literal for every column."""
@@ -272,7 +291,8 @@ class Runtime:
     def _finish(self, worker: Worker) -> None:
         """Relay what a worker without rows has said, and let it go."""
         worker.consumed = True
-        for item in iter(worker.backlog.popleft, None):
+        while worker.backlog:
+            item = worker.backlog.popleft()
             if isinstance(item, Report):
                 self._server.relay(item)
         self._registry.release(worker)
@@ -413,6 +433,12 @@ class Reading:
         self.worker = worker
         self.error: Report | None = None
         self.finished = False
+
+
+def _tags_of(worker: Worker) -> str:
+    """The command tags of a worker that has none but these to return, behind a mark; empty for any other."""
+    tags = worker.command_tags
+    return "" if tags is None else ("=" if tags and "\n" not in tags else "*") + tags
 
 
 def clamp(timeout_ms: int, high: int) -> int:

@@ -34,6 +34,7 @@ _CONNECTION_OK = 0
 _MODULES = (
     "__init__",
     "after_commit",
+    "answers",
     "bootstrap",
     "deferral",
     "ledger",

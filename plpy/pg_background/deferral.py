@@ -39,7 +39,7 @@ class Queue(Generic[Job]):
         self.answers_left = 0  # of that guard
         self.has_committed = False
         self.error: Any = None  # an answer of the guard that is an error
-        self.users: list[str] = []  # what the clean-up's row must start with
+        self.proof: list[str] = []  # what the clean-up's last answer must start with
         self.runs = False  # a job, or the clean-up behind it
         self.outgoing = b""  # what did not fit into the socket
 

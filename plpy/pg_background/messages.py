@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import array
 import json
+import json.encoder
 import os
 import socket
 import struct
+from collections.abc import Callable
+from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
 from . import progress
 
 # session -> supervisor
 HELLO = "hello"  # digest of the sender's runtime
-JOB = "job"  # row of the job (see store.COLUMNS), extras; with the worker's socket, once for each connection
-# row of the job, extras; with the worker's socket as JOB, and a file in memory that holds deferral.Packet
+# Announcement, time.monotonic_ns() before the job is sent, number of command tags with which it has committed or null,
+# extras; with the worker's socket, once for each connection
+JOB = "job"
+# Announcement, extras; with the worker's socket as JOB, and a file in memory that holds deferral.Packet
 DEFER = "defer"
-FINISHED = "finished"  # key, changed columns of its row, time.monotonic() after the end
+FINISHED = "finished"  # key, changed columns of its row, time.monotonic_ns() after the end
 # worker pid, number of the clean-up's answers: the session lets go, the supervisor reads to the end. With a clean-up
 # it tells of both ends, as for a submitted job, and the connection is used again.
 DETACH = "detach"
@@ -61,11 +66,24 @@ TERMINATED = "the background worker was terminated, as it had not stopped within
 
 _MAX_BYTES = 1 << 17
 _SHORTENED_CHARACTERS = 500  # of each text in a message that is longer than that
+_EPOCH = datetime.fromtimestamp(0, timezone.utc)
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode
 _decode = json.JSONDecoder().decode
+
+
+def _encoder() -> Callable[[Any], str]:
+    """As JSONEncoder.encode, which sets up its C part anew for every value; that takes longer than to encode ours."""
+    encoder = json.JSONEncoder(separators=(",", ":"))
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return encoder.encode
+    chunks = make(None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, True)
+    return lambda value: "".join(chunks(value, 0))
+
+
+_encode = _encoder()
 # As integers: with the socket module's flags, which are enums, an "and" takes longer than the system call.
 _RECEIVED_IN_PART, _DESCRIPTORS_LOST = int(socket.MSG_TRUNC), int(socket.MSG_CTRUNC)
 _NO_SIGNAL, _CLOSE_ON_EXEC = int(socket.MSG_NOSIGNAL), int(socket.MSG_CMSG_CLOEXEC)
@@ -82,6 +100,35 @@ class ProtocolError(Exception):
 
 class DescriptorsLostError(ProtocolError):
     """The receiving process may not open as many files as were sent."""
+
+
+class Announcement(NamedTuple):
+    """A job as the session knows it that starts it: what its row begins with. An array on its way."""
+
+    key: int
+    pid: int
+    cookie: int
+    role_oid: int
+    label: str | None
+    submitted: bool
+    queue_size: int
+    sql_preview: str
+    launched_us: int  # since the epoch
+    process_start: int | None
+    history_ms: int
+
+    def row(self) -> dict[str, Any]:
+        """The row (see store.COLUMNS)."""
+        row = self._asdict()
+        row["launched_at"] = moment(row.pop("launched_us")).isoformat()
+        row["state"] = "running"
+        row["consumed"] = False
+        return row
+
+
+def moment(microseconds: int) -> datetime:
+    """So long after the epoch, in UTC."""
+    return _EPOCH + timedelta(microseconds=microseconds)
 
 
 class Received(NamedTuple):
@@ -120,7 +167,7 @@ def _shortened(value: Any) -> Any:
         return value[:_SHORTENED_CHARACTERS]
     if isinstance(value, dict):
         return {name: _shortened(part) for name, part in value.items()}
-    return [_shortened(part) for part in value] if isinstance(value, list) else value
+    return [_shortened(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def receive(connection: socket.socket) -> Received | None:

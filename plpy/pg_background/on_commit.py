@@ -12,14 +12,13 @@ import os
 import secrets
 import time
 import uuid
-from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from . import messages, wire
 from .control import SessionLeftError
 from .errors import INVALID_PARAMETER_VALUE, background_error
-from .session import CLEAN_UP_ANSWERS, WorkerSession
-from .worker import KEY_BITS, PREVIEW_CHARACTERS, Job
+from .session import WorkerSession
+from .worker import KEY_BITS, Job
 
 if TYPE_CHECKING:
     from .registry import Registry
@@ -64,35 +63,21 @@ class OnCommit:
         encoded, parameters = self._server.encode(job.sql), job.parameters
         packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
         packet += session.clean_up_packet(configuration.pool_idle_timeout_ms)
-        row = {
-            "key": key,
-            "pid": session.pid,
-            "cookie": key,
-            "role_oid": session.role_oid,
-            "label": job.label,
-            "submitted": True,
-            "queue_size": job.queue_size,
-            "sql_preview": job.sql[:PREVIEW_CHARACTERS],
-            "launched_at": datetime.now(timezone.utc).isoformat(),
-            "process_start": session.process_start,
-            "state": "running",
-            "history_ms": configuration.history_ms,
-            "consumed": False,
-        }
+        announcement = job.announced(key, key, session, configuration, time.time_ns() // 1000)
         extras = {
-            "clean_ups": CLEAN_UP_ANSWERS,
+            "clean_ups": session.clean_up_answers,
             "timeout_ms": configuration.worker_timeout_ms,
-            "started": time.monotonic(),
+            "started_ns": time.monotonic_ns(),
             "guard_bytes": len(guard),
             "guard_answers": answers,
-            "users": session.users,
+            "proof": session.proof,
         }
         self._server.forbid_prepare()
         batch.unresolved.add(key)
         try:
             with os.fdopen(os.memfd_create("pg_background", os.MFD_CLOEXEC), "wb", buffering=0) as file:
                 _write_all(file.fileno(), guard + packet)
-                self._registry.control.tell([messages.DEFER, row, extras], session, file.fileno())
+                self._registry.control.tell([messages.DEFER, announcement, extras], session, file.fileno())
         except BaseException:
             batch.unresolved.discard(key)
             batch.dirty = True  # its session was to have settings that were not sent

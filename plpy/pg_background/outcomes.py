@@ -41,8 +41,9 @@ def drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
     """The job's answer, with as many of the clean-up's behind it as have come."""
     for groups_after in range(job.groups_after, -1, -1):
         answer = wire.last_answer(channel.tail, groups_after, job.tags_after, job.tags_of_commit)
-        if answer is not None and (groups_after == job.groups_after or answer.tag != _CLEAN_UP_TAG):
-            return answer
+        if answer is not None:
+            is_clean_up = groups_after != job.groups_after and answer.tag == _CLEAN_UP_TAG
+            return None if is_clean_up else answer  # the job's is not there any more
     return None
 
 

@@ -23,7 +23,7 @@ from .inheritance import Inheritance
 from .loopback import Loopback
 from .pool import Pool
 from .results import TypeNames, TypeStyles
-from .server import READABLE, Server
+from .server import Server
 from .session import WorkerSession
 from .settings import Configuration
 from .worker import Job, State, Worker
@@ -112,9 +112,9 @@ class Registry:
     def _wait_for_room(self, max_workers: int, deadline: float) -> None:
         """Let ended submitted workers go when their room is needed; then wait until one more has ended."""
         while len(self._workers) >= max_workers:
-            done = [worker for worker in self.all() if worker.job.submitted and worker.ended]
-            if done:
-                self.release(done[0], unasked=True)
+            done = self._ended_submitted()
+            if done is not None:
+                self.release(done, unasked=True)
             elif not self._wait_for_an_end(deadline):
                 raise background_error(
                     CONFIGURATION_LIMIT_EXCEEDED,
@@ -126,12 +126,19 @@ class Registry:
 
     def _wait_for_an_end(self, deadline: float) -> bool:
         """Wait until a submitted worker has ended; False at the deadline, or if there is none."""
-        if time.monotonic() >= deadline or not any(w.job.submitted for w in self._workers.values()):
-            return False
-        self.control.hear_or_replace()
-        descriptor = self.control.descriptor
-        assert descriptor is not None
-        return bool(self.server.wait_for(((descriptor, READABLE),), deadline))
+        while any(worker.job.submitted for worker in self._workers.values()):
+            self.control.hear_or_replace()
+            if self._ended_submitted() is not None:
+                return True
+            descriptor = self.control.descriptor
+            assert descriptor is not None
+            if not self.server.wait_for_one(descriptor, deadline):
+                break
+        return False
+
+    def _ended_submitted(self) -> Worker | None:
+        """A submitted worker that has ended, as far as was heard."""
+        return next((worker for worker in self._workers.values() if worker.job.submitted and worker.ended), None)
 
     def _session(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session of the caller's role, with the caller's settings: a kept one, or a new one."""
@@ -371,7 +378,8 @@ class Registry:
                 f"cookie {cookie} does not match that of the background worker with PID {pid}",
                 hint="The handle is of an earlier worker, whose pid this one has now.",
             )
-        self.require_membership(worker.role_oid, pid)
+        if self.server.caller() != worker.role_oid:
+            self.require_membership(worker.role_oid, pid)
         return worker
 
     def find_for_result(self, pid: int, cookie: int | None) -> Worker:
@@ -415,7 +423,7 @@ class Registry:
 
     def release(self, worker: Worker, *, unasked: bool = False) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
-        has_room = self._kept_count() < worker.configuration.pool_size
+        has_room = not worker.ended and self._kept_count() < worker.configuration.pool_size
         clean_up = worker.clean_up_behind() if has_room else b""
         self.count_end(worker)
         self._workers.pop(worker.pid, None)
@@ -493,10 +501,11 @@ class Registry:
 
     def _has_room_for(self, session: WorkerSession, size: int) -> bool:
         """Whether the pool can keep one more session; one of another role makes room."""
-        if size and not self._pool.has_room(size):
-            other = self._pool.take_of_another_role(session.role_oid)
-            if other is not None:
-                self._end_session(other)
+        if self._pool.has_room(size):
+            return True
+        other = self._pool.take_of_another_role(session.role_oid) if size else None
+        if other is not None:
+            self._end_session(other)
         return self._pool.has_room(size)
 
     def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:

@@ -344,15 +344,20 @@ def streamed(batches: str, columns: tuple[Column, ...], encoding: str) -> tuple[
     return literals, f"FROM (SELECT {batches} AS b OFFSET 0) AS s"
 
 
-def written_out(batch: Rows, encoding: str) -> list[str] | None:
-    """The literals of a batch that fits into the query's text; None where one is too long, or no text for certain."""
+def texts_of(batch: Rows, encoding: str) -> list[str] | None:
+    """The columns of a small batch, each an array as text; None where one is too long, or no text for certain."""
     if batch.size() > _WRITTEN_OUT_BYTES:
         return None
     try:
-        texts = [column.decode("utf-8" if encoding == "UTF8" else "ascii") for column in batch.columns]
+        return [column.decode("utf-8" if encoding == "UTF8" else "ascii") for column in batch.columns]
     except UnicodeDecodeError:
         return None
-    return [_literal(text) for text in texts]
+
+
+def written_out(batch: Rows, encoding: str) -> list[str] | None:
+    """The literals of a batch that fits into the query's text; None for any other."""
+    texts = texts_of(batch, encoding)
+    return None if texts is None else [_literal(text) for text in texts]
 
 
 def _literal(text: str) -> str:

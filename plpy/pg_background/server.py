@@ -9,11 +9,14 @@ from __future__ import annotations
 import ctypes
 import os
 import select
+import sys
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
 
-from .errors import INTERNAL_ERROR, BackgroundError, Report
+from .errors import INTERNAL_ERROR, UNDEFINED_OBJECT, BackgroundError, Report
+
+_SIZE_BYTES = ctypes.sizeof(ctypes.c_size_t)
 
 # A wait looks at the server's interrupts at least this often; a signal ends the slice at once.
 _SLICE_MS = 100
@@ -44,8 +47,9 @@ class Server:
         self._plpy = plpy
         backend = ctypes.PyDLL(None)
         self._backend = backend
-        self._get_user_id = backend.GetUserId
-        self._get_user_id.restype = ctypes.c_uint32
+        backend.GetUserId.restype = ctypes.c_uint32
+        # Oid of the current user: inside a SECURITY DEFINER function, its owner.
+        self.caller: Callable[[], int] = backend.GetUserId
         self._get_config_option = backend.GetConfigOption
         self._get_config_option.restype = ctypes.c_char_p
         self._get_reset_value = backend.GetConfigOptionResetString
@@ -54,10 +58,11 @@ class Server:
         self._estimate_guc_state.restype = ctypes.c_size_t
         self._serialize_guc_state = backend.SerializeGUCState
         self._serialize_guc_state.argtypes = (ctypes.c_size_t, ctypes.c_char_p)
-        self._guc_buffer = ctypes.create_string_buffer(16384)
+        self._guc_buffer: Any = ctypes.create_string_buffer(16384)
         self._interrupt_pending = ctypes.c_int.in_dll(backend, "InterruptPending")
         self._postmaster_pid = ctypes.c_int.in_dll(backend, "PostmasterPid").value
         self._poll = ctypes.CDLL(None).poll
+        self._poll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int)
         self._poll_arrays = [(_PollDescriptor * count)() for count in range(4)]
         self.database_oid = ctypes.c_uint32.in_dll(backend, "MyDatabaseId").value
         self._plans: dict[str, Any] = {}
@@ -66,10 +71,6 @@ class Server:
         self.pid = os.getpid()
 
     # --- who calls, and with which settings ---
-
-    def caller(self) -> int:
-        """Oid of the current user: inside a SECURITY DEFINER function, its owner."""
-        return int(self._get_user_id())
 
     def setting(self, name: str) -> str | None:
         """A setting's value in its base unit, whoever may see it; None where there is no such setting."""
@@ -108,8 +109,9 @@ class Server:
         if size > len(self._guc_buffer):
             self._guc_buffer = ctypes.create_string_buffer(2 * size)
         self._serialize_guc_state(size, self._guc_buffer)
-        length = ctypes.sizeof(ctypes.c_size_t) + ctypes.c_size_t.from_buffer(self._guc_buffer).value
-        return ctypes.string_at(self._guc_buffer, length)
+        length = int.from_bytes(self._guc_buffer[:_SIZE_BYTES], sys.byteorder)
+        state: bytes = self._guc_buffer[: _SIZE_BYTES + length]
+        return state
 
     def has_free_slots(self, wanted: int) -> bool:
         """Whether so many connections are free beside those reserved for superusers and the like."""
@@ -162,6 +164,24 @@ class Server:
                 " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
             )[0]["name"]
         )
+
+    def member_oid(self, name: str) -> int:
+        """The oid of a function that is a member of the extension, whatever its schema and whoever has planted what."""
+        found = self.query(
+            "SELECT p.oid FROM pg_catalog.pg_extension e"
+            " JOIN pg_catalog.pg_depend d"
+            "   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid"
+            "  AND d.refobjid OPERATOR(pg_catalog.=) e.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
+            "  AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid"
+            " JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.objid"
+            " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
+            " AND p.proname::pg_catalog.text OPERATOR(pg_catalog.=) $1",
+            ["pg_catalog.text"],
+            [name],
+        )
+        if not found:
+            raise BackgroundError(Report(UNDEFINED_OBJECT, f"the extension pg_background has no function {name}"))
+        return int(found[0]["oid"])
 
     def report_of(self, error: BaseException) -> Report | None:
         """What a plpy.SPIError says; None for any other exception."""
@@ -235,13 +255,15 @@ class Server:
 
     def is_readable(self, descriptor: int) -> bool:
         """Whether something has arrived, without waiting."""
-        return self.is_ready(descriptor, READABLE)
-
-    def is_ready(self, descriptor: int, events: int) -> bool:
-        """Whether the descriptor is ready for this, without waiting."""
         polled = self._poll_arrays[1]
-        polled[0].fd, polled[0].events = descriptor, events
-        return bool(self._poll(polled, ctypes.c_ulong(1), 0) > 0)
+        polled[0].fd, polled[0].events = descriptor, READABLE
+        return bool(self._poll(polled, 1, 0) > 0)
+
+    def is_writable(self, descriptor: int) -> bool:
+        """Whether something can be sent, without waiting."""
+        polled = self._poll_arrays[1]
+        polled[0].fd, polled[0].events = descriptor, WRITABLE
+        return bool(self._poll(polled, 1, 0) > 0)
 
     def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:
         """Wait until something has arrived; False at the deadline (time.monotonic()). Handles interrupts meanwhile."""
@@ -258,7 +280,7 @@ class Server:
             polled[position].fd, polled[position].events = descriptor, events
         while True:
             self.handle_interrupts()
-            ready = self._poll(polled, ctypes.c_ulong(count), _slice_ms(deadline))
+            ready = self._poll(polled, count, _slice_ms(deadline))
             if ready > 0:
                 return [position for position in range(count) if polled[position].revents]
             if deadline is not None and time.monotonic() >= deadline:

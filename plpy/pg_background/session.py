@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ _IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 _CONNECTION_OK = 0  # ConnStatus.OK
 
+_CLEAN_UP_S = 1.0  # then another session is taken
+
 # What PL/Python puts before the message of an error in the switch, a cancel's for example.
 _PYTHON_ERROR = re.compile(r"^(?:plpy|spiexceptions)\.\w+: ")
 
@@ -50,11 +53,11 @@ _FIELD_CODES = {
     "severity": ord("V"),
 }
 
+_PROOF = "_pg_background_proof"
 # In a query of its own, between whose end and the job nothing runs: only what is committed proves anything.
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
 _FORGET_IDLE_TIMEOUT = b"; RESET idle_session_timeout"  # of one that was begun ahead
 _WHO_AM_I = b"CURRENT_USER, SESSION_USER, pg_catalog.current_setting('is_superuser')"
-CLEAN_UP_ANSWERS = 2
 
 
 def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -> Report:
@@ -99,8 +102,11 @@ class WorkerSession:
         self.is_switched = False  # from another role: so Python runs in the worker already, which counts placeholders
         self._hidden_settings = 0  # how many it counts at least
         self._custom_names: frozenset[bytes] = frozenset()
+        self._clean_up: tuple[int, bytes, int] = (-1, b"", 0)  # for which idle timeout, packet, number of answers
+        self._proof_oid = 0
         self._proven_answer = b""
         self._answers_awaited = 0
+        self._first_answer: bytes | None = None  # of the clean-up: what has been read already
         self._out_of_step = False  # libpq waits for an answer that another process has read
 
     @classmethod
@@ -152,14 +158,30 @@ class WorkerSession:
             self._last_result()
         self.verify()
         inherited, self.inherited = self.inherited, Inherited(b"", (), b"")
-        if self.is_switched and self.role_oid not in hidden_settings:
-            # In one query with the settings: a transaction under them may be one that waits for the launcher's to end.
-            count = b"SELECT " + self._placeholders_call()
-            counted = self.run(b"; ".join(filter(None, (self.adopt(inherited), count)))).get_value(0, 0) or b"0"
-            hidden_settings[self.role_oid] = int(counted) - len(self._custom_names)
-        else:
-            self.inherit(inherited)
+        if self.is_switched:
+            self._proof_oid = self._server.member_oid(_PROOF)
+            if self.role_oid not in hidden_settings:
+                # Before the settings: a transaction under them may be one that waits for the launcher's to end.
+                present = inherited.custom_names.intersection(name for name, *_ in inherited.resets)
+                hidden_settings[self.role_oid] = self._count_hidden_settings() - len(present)
+        self.inherit(inherited)
         self._hidden_settings = hidden_settings.get(self.role_oid, 0)
+
+    def _count_hidden_settings(self) -> int:
+        """What the proof of this session, which no job has used, says of it."""
+        self._write_some(wire.call_message(self._proof_oid, b"0"))
+        received, answer = b"", wire.Answer()
+        while not answer.complete:
+            more, answer = self._read_some(None), wire.Answer()
+            if not more:
+                raise BackgroundError(backend_died(self.pid))
+            received += more
+            wire.parse(received, answer)
+        error = wire.error_fields(answer.error or b"")
+        if error or answer.row is None:
+            sqlstate, message = (self._server.decode(error.get(name, b"")) for name in ("sqlstate", "message"))
+            raise BackgroundError(Report(sqlstate or INTERNAL_ERROR, message))
+        return int(wire.row_values(answer.row)[-1] or 0)
 
     def inherit(self, inherited: Inherited) -> None:
         """Set the launcher's current values."""
@@ -171,7 +193,7 @@ class WorkerSession:
         """As inherit, where the caller has the returned query run, unless it is empty."""
         assigned_before, self.inherited = bool(self.inherited.assign), inherited
         self._custom_names |= inherited.custom_names
-        self._proven_answer = b""
+        self._clean_up, self._proven_answer = (-1, b"", 0), b""
         return b"RESET ALL; " + inherited.assign if assigned_before else inherited.assign
 
     def _switch_block(self, inherited: Inherited, *, ends_refused: bool) -> bytes:
@@ -206,10 +228,18 @@ class WorkerSession:
             )
 
     def is_clean(self, row: Sequence[str | None]) -> bool:
-        """Whether the clean-up's row says what it said when the role was proved, and counts no new placeholder."""
-        users, counted = list(row[: len(self.users)]), row[len(self.users) :]
-        most = self._hidden_settings + len(self._custom_names)
-        return bool(users) and users == self.users and all(int(number or 0) <= most for number in counted)
+        """Whether the clean-up's last answer proves that this is still the role's, and counts no new placeholder."""
+        proof, most = self.proof, self._hidden_settings + len(self._custom_names)
+        counted = row[len(proof) :]
+        is_proven = bool(proof) and list(row[: len(proof)]) == proof and len(counted) == self.is_switched
+        return is_proven and all(int(number or 0) <= most for number in counted)
+
+    @property
+    def proof(self) -> list[str]:
+        """What the last answer to a clean-up must start with."""
+        if not self.is_switched:
+            return self.users
+        return [*[str(self.role_oid)] * 3, "on" if self._is_superuser else "off"]
 
     # --- between two jobs ---
 
@@ -227,26 +257,37 @@ class WorkerSession:
         return self.connection.transaction_status == _IDLE
 
     def clean_up_packet(self, idle_timeout_ms: int) -> bytes:
-        """Two queries that make this session as a fresh one; the last row of their answers proves whose it is."""
-        settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms
-        settings += self.inherited.assign + b"; " if self.inherited.assign else b""
-        proof = _WHO_AM_I + (b", " + self._placeholders_call() if self.is_switched else b"")
-        return wire.query_message(b"DISCARD ALL") + wire.query_message(settings + b"SELECT " + proof)
+        """What makes this session as a fresh one; the last one of its answers proves whose it is.
 
-    def _placeholders_call(self) -> bytes:
-        """By the schema's name of now: what has the name of before may be anybody's function."""
-        return self._server.encode(self._server.home()) + b"._pg_background_placeholders()"
+        Where Python runs in it already, that is asked of a function by its oid: what has its name by now may be
+        anybody's, and a call takes half of a query's time.
+        """
+        if self._clean_up[0] != idle_timeout_ms:
+            assign, parts = self.inherited.assign, [wire.query_message(b"DISCARD ALL")]
+            if self.is_switched:
+                parts += [wire.query_message(assign)] if assign else []
+                parts.append(wire.call_message(self._proof_oid, b"%d" % idle_timeout_ms))
+            else:
+                settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms + (assign + b"; " if assign else b"")
+                parts.append(wire.query_message(settings + b"SELECT " + _WHO_AM_I))
+            self._clean_up = (idle_timeout_ms, b"".join(parts), len(parts))
+        return self._clean_up[1]
+
+    @property
+    def clean_up_answers(self) -> int:
+        """How many answers the latest clean_up_packet() has."""
+        return self._clean_up[2]
 
     def send_clean_up(self, idle_timeout_ms: int) -> None:
-        """Send them past libpq; finish_clean_up reads the answers when the session is wanted again."""
+        """Send it past libpq; finish_clean_up reads the answers when the session is wanted again."""
         packet = self.clean_up_packet(idle_timeout_ms)
         if self._write_some(packet) != len(packet):
             raise BackgroundError(backend_died(self.pid))
-        self._answers_awaited = CLEAN_UP_ANSWERS
+        self._answers_awaited = self.clean_up_answers
 
     def has_room_for(self, packet: bytes) -> bool:
         """Whether a packet of a few kilobytes can be written at once."""
-        return len(packet) <= _WRITE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
+        return len(packet) <= _WRITE_BYTES and self._server.is_writable(self.connection.socket)
 
     def queue_clean_up(self, packet: bytes) -> None:
         """Send the clean-up behind a job whose answer the supervisor reads, not libpq."""
@@ -287,15 +328,24 @@ class WorkerSession:
     @property
     def is_clean_up_done(self) -> bool:
         """Whether finish_clean_up would not have to wait, as far as can be seen."""
-        return not self._answers_awaited or self._server.is_readable(self.connection.socket)
+        if self._answers_awaited and self._first_answer is None:
+            self._first_answer = self._read_what_is_there()
+        return not self._answers_awaited or self._first_answer is not None
 
     def finish_clean_up(self) -> bool:
-        """Whether the session may be used again. Seldom waits: the answers have come long ago."""
+        """Whether the session may be used again. Seldom waits: the answers have come long ago.
+
+        One that does not answer is given up: what cleans it takes a snapshot, which may have to wait for the very
+        transaction that waits here (default_transaction_deferrable).
+        """
+        deadline = time.monotonic() + _CLEAN_UP_S
         if not self._answers_awaited:
             return not self._server.is_readable(self.connection.socket)
         all_read, unread, answer = b"", b"", wire.Answer()
         while self._answers_awaited:
-            received = self._read_some()
+            received, self._first_answer = self._first_answer, None
+            if received is None:
+                received = self._read_some(deadline)
             if not received:
                 return False
             all_read += received
@@ -309,15 +359,23 @@ class WorkerSession:
         self._proven_answer = all_read if clean else b""
         return clean
 
-    def _read_some(self) -> bytes:
-        """What the worker has sent past libpq, waiting for it; empty when the connection has ended."""
+    def _read_some(self, deadline: float | None) -> bytes:
+        """What the worker has sent past libpq; empty when the connection has ended, or at the deadline."""
         while True:
-            try:
-                return os.read(self.connection.socket, _WRITE_BYTES)
-            except BlockingIOError:
-                self._server.wait_for_one(self.connection.socket, None)
-            except OSError:
+            received = self._read_what_is_there()
+            if received is not None:
+                return received
+            if not self._server.wait_for_one(self.connection.socket, deadline):
                 return b""
+
+    def _read_what_is_there(self) -> bytes | None:
+        """The same, without waiting: None where nothing has come yet."""
+        try:
+            return os.read(self.connection.socket, _WRITE_BYTES)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return b""
 
     def _take_answers(self, window: bytes, answer: wire.Answer) -> tuple[bytes, wire.Answer]:
         """What is left of the window, and the last answer in it."""

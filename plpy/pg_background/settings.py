@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from .errors import INVALID_PARAMETER_VALUE, BackgroundError, Report
@@ -81,7 +81,7 @@ class Configuration(NamedTuple):
     pool_idle_timeout_ms: int
     history_ms: int
     standard_strings: bool
-    output: Mapping[str, str]
+    output: Mapping[str, str]  # those that a worker starts with
 
     def queue_bytes(self, queue_size: int) -> int:
         """What a call's queue_size comes to. 22023 outside of 64 bytes to 256 MB."""
@@ -102,9 +102,15 @@ class Configuration(NamedTuple):
 class Configurations:
     """The configuration of now, computed anew only when the settings have changed."""
 
-    def __init__(self, server: Server, output_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        server: Server,
+        output_names: Sequence[str],
+        inherited: Callable[[Mapping[str, str]], Mapping[str, str]],
+    ) -> None:
         self._server = server
         self._output_names = output_names
+        self._inherited = inherited
         self._last: Configuration | None = None
 
     def now(self) -> Configuration:
@@ -121,7 +127,7 @@ class Configurations:
                 value(self._server, POOL_IDLE_TIMEOUT),
                 value(self._server, HISTORY),
                 self._server.setting("standard_conforming_strings") == "on",
-                {name: self._server.required_setting(name) for name in self._output_names},
+                self._inherited({name: self._server.required_setting(name) for name in self._output_names}),
             )
         return self._last
 

@@ -36,11 +36,11 @@ class Link:
 class Job:
     """One job: its row, and who waits for its end."""
 
-    def __init__(self, row: Row, extras: Mapping[str, Any]) -> None:
+    def __init__(self, row: Row, started_ns: int, tags_of_commit: int | None, extras: Mapping[str, Any]) -> None:
         self.row = row
-        self.started = float(extras.get("started", 0))  # time.monotonic() of the session, before it sent the job
+        self.started = started_ns / 1e9  # time.monotonic() of the session, before it sent the job
         self.tags_after = 1 if extras.get("probe") else 0
-        self.tags_of_commit: int | None = extras.get("tags_of_commit")
+        self.tags_of_commit = tags_of_commit
         self.groups_after = int(extras.get("clean_ups", 0))
         self.waiters: list[tuple[Link, int]] = []
         self.canceled = bool(extras.get("canceled"))

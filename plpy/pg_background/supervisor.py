@@ -19,21 +19,20 @@ from typing import Any, Callable
 
 from . import messages, wire
 from .after_commit import AfterCommit, take_packet
+from .answers import Answers
 from .ledger import Ledger
 from .outcomes import (
     LOST,
     canceled_before,
-    drained_answer,
     lost_connection,
     never_ran,
-    outcome_of,
     timestamp,
 )
 from .questions import Questions
 from .reports import Reports
 from .sockets import Sockets
 from .store import ENDS, KEY, Row, Store
-from .supervised import WINDOW_BYTES, Channel, Job, Link
+from .supervised import Channel, Job, Link
 
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
@@ -48,9 +47,16 @@ _PRUNE_S = 60.0
 _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
 _MAX_EVENTS = 1 << 16
-_MAX_WINDOW_BYTES = 1 << 24
-_TAIL_BYTES = 1 << 17
 _REMEMBERED = 2000  # finished jobs that questions find in memory
+_NO_MESSAGE_OF_OURS = (
+    messages.ProtocolError,
+    TypeError,
+    ValueError,
+    KeyError,
+    AttributeError,
+    IndexError,
+    OverflowError,
+)
 # What sessions tell of launched jobs.
 _NEEDS_NO_ANSWER = frozenset((messages.JOB, messages.FINISHED))
 
@@ -83,6 +89,7 @@ class Supervisor:
         self._reports = Reports(self._sockets, self._ledger, self._receive, self._close_link)
         self._questions = Questions(self._sockets, self._ledger, self._reports, self._jobs, self._finished)
         self._after_commit = AfterCommit(self._sockets, self._ledger, self._end, self._add_deadline)
+        self._answers = Answers(self._sockets, self._ledger, self._after_commit, self._receive, self._end)
         self._deadlines: list[tuple[float, int]] = []
         now = time.monotonic()
         self._tick_at = now
@@ -125,7 +132,7 @@ class Supervisor:
                 return  # the postmaster is gone, and so is everybody else
             self._serve(self._sockets.epoll.poll(self._poll_timeout(), _MAX_EVENTS))
             now = time.monotonic()
-            self._read_ready_channels()
+            self._answers.read_ready()
             self._reports.hear_unheard()
             self._answer_questions()
             self._fire_deadlines(now)
@@ -136,7 +143,7 @@ class Supervisor:
             self._ledger.flush_if_due(now)
             if self._is_done(now) and not self._sockets.epoll.poll(0):
                 break
-        self._end_drained()
+        self._answers.end_drained()
         self._ledger.flush()
         self._retire()
         self._ledger.finish()
@@ -151,7 +158,7 @@ class Supervisor:
             return True
         self._make_room()
         if self._sessions():
-            self._end_drained()
+            self._answers.end_drained()
             self._part_from_sessions()
         return self._after_commit.is_waited_for()
 
@@ -305,8 +312,8 @@ class Supervisor:
                 handler(link, descriptors, *arguments)
             else:
                 handler(link, *arguments)
-        except (messages.ProtocolError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-            # No message of ours: whoever sent it gets no further hearing.
+        except _NO_MESSAGE_OF_OURS as error:
+            # Whoever sent it gets no further hearing.
             self._log(f"pg_background: no message was expected like that from process {link.pid}: {error!r}")
             self._close_link(link)
         finally:
@@ -366,17 +373,25 @@ class Supervisor:
 
     # --- jobs ---
 
-    def _on_job(self, link: Link, descriptors: list[int], row: Row, extras: dict[str, Any]) -> None:
-        row = dict(row, launcher_pid=link.pid, launcher_start=link.process_start)
+    def _on_job(
+        self,
+        link: Link,
+        descriptors: list[int],
+        announcement: list[Any],
+        started_ns: int,
+        tags_of_commit: int | None,
+        extras: dict[str, Any],
+    ) -> None:
+        row = self._announced_row(link, announcement)
         pid, key = int(row["pid"]), int(row[KEY])
         if extras.get("again"):
-            row = self._row_so_far(row)
+            row = self._row_so_far(dict(row, consumed=extras["consumed"]))
         if self._has_already(link, pid, key):
             return
         if descriptors:
             self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
         channel = self._sockets.channels.get(pid)
-        job = Job(row, extras)
+        job = Job(row, started_ns, tags_of_commit, extras)
         if channel is None:
             self._refuse(link, job)
             return
@@ -404,13 +419,19 @@ class Supervisor:
         else:
             self._unwatched.add(key)
 
-    def _on_defer(self, link: Link, descriptors: list[int], row: Row, extras: dict[str, Any]) -> None:
+    @staticmethod
+    def _announced_row(link: Link, announcement: list[Any]) -> Row:
+        row = messages.Announcement(*announcement).row()
+        row["launcher_pid"], row["launcher_start"] = link.pid, link.process_start
+        return row
+
+    def _on_defer(self, link: Link, descriptors: list[int], announcement: list[Any], extras: dict[str, Any]) -> None:
         packet = take_packet(descriptors, extras)
-        row = dict(row, launcher_pid=link.pid, launcher_start=link.process_start)
+        row = self._announced_row(link, announcement)
         pid = int(row["pid"])
         if descriptors:
             self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel, job = self._sockets.channels.get(pid), Job(row, extras)
+        channel, job = self._sockets.channels.get(pid), Job(row, extras["started_ns"], None, extras)
         if channel is None:
             self._refuse(link, job)
             return
@@ -466,7 +487,7 @@ class Supervisor:
             if channel.farewell_due:
                 self._sockets.say_farewell(channel)
 
-    def _on_finished(self, _: Link, key: int, changes: Row, at: float) -> None:
+    def _on_finished(self, _: Link, key: int, changes: Row, at_ns: int) -> None:
         job = self._jobs.get(key)
         if job is None:
             self._ledger.record_end(key, changes)
@@ -474,7 +495,7 @@ class Supervisor:
         channel = self._sockets.channels.get(job.row["pid"])
         if channel is not None and channel.job is job and not channel.reads:
             self._sockets.unwatch(channel)
-        self._end(job, changes, at)
+        self._end(job, changes, at_ns / 1e9)
 
     def _on_detach(self, link: Link, pid: int, clean_ups: int) -> None:
         channel = self._sockets.channels.get(pid)
@@ -531,160 +552,6 @@ class Supervisor:
         self._finished.append(job.row[KEY])
         while len(self._finished) > _REMEMBERED:
             self._jobs.pop(self._finished.popleft(), None)
-
-    # --- worker sockets ---
-
-    def _read_ready_channels(self) -> None:
-        for _ in range(len(self._sockets.ready)):
-            channel = self._sockets.ready.popleft()
-            if self._sockets.channels.get(channel.pid) is not channel or channel.is_between_jobs:
-                continue
-            if channel.drains:
-                again = self._read_to_the_end(channel)
-            elif channel.reads:
-                again = self._read_answers(channel)
-            else:
-                again = self._peek(channel)
-            if again:
-                self._sockets.ready.append(channel)
-
-    def _peek(self, channel: Channel) -> bool:
-        """See whether a job has ended whose session has not looked yet."""
-        job = channel.job
-        if job is None or not job.running:
-            return False
-        looked_at = time.monotonic()
-        window = wire.receive_from(channel.connection, _TAIL_BYTES * 2, wire.PEEK)
-        if window is None:
-            return False
-        if channel.link is not None:
-            # Its session may have read that job's answer, sent the next job, or detached it.
-            self._receive(channel.link)
-            if channel.job is not job or not job.running or channel.reads or channel.drains:
-                return False
-        ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
-        answer = wire.last_answer(window, 0, job.tags_after, job.tags_of_commit) if ended else None
-        if answer is not None:
-            self._end(job, self._outcome_of(job, answer), looked_at)
-        elif wire.hung_up(channel.connection):
-            self._end(job, lost_connection(job))
-        return False
-
-    def _read_answers(self, channel: Channel) -> bool:
-        """Read a submitted job's answer, and those of the clean-up queued behind it."""
-        self._after_commit.send_outgoing(channel)
-        if channel.skip:
-            thrown = wire.receive_from(channel.connection, min(channel.skip, _MAX_WINDOW_BYTES), 0)
-            if not thrown:
-                return self._lost(channel, thrown)
-            channel.skip -= len(thrown)
-            return True
-        window = wire.receive_from(channel.connection, channel.window, wire.PEEK)
-        if not window:
-            return self._lost(channel, window)
-        position = wire.parse(window, channel.answer)
-        complete = channel.answer.complete
-        is_outcome = complete and self._is_outcome(channel)
-        if is_outcome:
-            self._take_outcome(channel)  # told before it is taken: were this process to end here, it would be lost
-        if position.consumed:
-            wire.receive_from(channel.connection, position.consumed, 0)
-            channel.window = WINDOW_BYTES
-        channel.skip = position.skip
-        if complete and not is_outcome:
-            self._take_other_answer(channel)  # taken before it is told: its session sees whether something lies unread
-        if not position.consumed and len(window) == channel.window and channel.window < _MAX_WINDOW_BYTES:
-            channel.window *= 2
-            return True
-        if not position.consumed and not position.skip and wire.has_no_more(channel.connection, len(window)):
-            # The last word of a backend that was terminated: no end of its answer follows.
-            return self._lost(channel, b"")
-        return bool(position.consumed) and channel.answers_left > 0
-
-    @staticmethod
-    def _is_outcome(channel: Channel) -> bool:
-        """Whether the group that was read is a job's answer: no verdict on it, nor its clean-up's."""
-        if channel.queue is not None and channel.queue.asked is not None:
-            return False
-        return channel.job is not None and channel.answers_left == channel.job.groups_after + 1
-
-    def _take_outcome(self, channel: Channel) -> None:
-        answer, channel.answer = channel.answer, wire.Answer()
-        channel.answers_left -= 1
-        assert channel.job is not None
-        if channel.job.running:
-            self._tell_ended(channel, channel.job, self._outcome_of(channel.job, answer), None)
-
-    def _take_other_answer(self, channel: Channel) -> None:
-        """A verdict on a job that waits for a commit, or a part of a clean-up."""
-        answer, channel.answer = channel.answer, wire.Answer()
-        if self._after_commit.take_answer(channel, answer):
-            return
-        channel.answers_left -= 1
-        job, link = channel.job, channel.link
-        assert job is not None
-        channel.unclean = channel.unclean or answer.error is not None
-        if channel.answers_left:
-            return
-        row = [] if channel.unclean or answer.row is None else self._texts(answer.row)
-        if link is not None:
-            self._sockets.unwatch(channel)
-            self._sockets.send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
-        self._after_commit.take_clean_up(channel, row)
-
-    def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
-        """The worker's own session first: what others do upon the end must find it informed."""
-        if channel.link is not None:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up])
-        self._end(job, changes)
-
-    def _lost(self, channel: Channel, received: bytes | None) -> bool:
-        """Nothing to read: not yet (b"" stands for the end of the connection)."""
-        if received is None:
-            return False
-        job = channel.job
-        if job is not None and job.running:
-            answer = channel.answer
-            changes = self._outcome_of(job, answer) if answer.error else lost_connection(job)
-            self._tell_ended(channel, job, changes, [])
-        elif job is not None and channel.link is not None and channel.answers_left:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], None, []])  # in its clean-up
-        if channel.queue is not None:
-            for item in channel.queue.unstarted():
-                self._after_commit.end_unsent(channel, item.job, lost_connection(item.job))
-        self._sockets.close_channel(channel)
-        return False
-
-    def _read_to_the_end(self, channel: Channel) -> bool:
-        """Throw a stream away whose place in a message nobody knows; its last bytes tell the outcome."""
-        received = wire.receive_from(channel.connection, WINDOW_BYTES, 0)
-        if received is None:
-            return False
-        if received:
-            channel.tail = (channel.tail + received)[-_TAIL_BYTES:]
-            return True
-        job = channel.job
-        if job is not None and job.running:
-            answer = drained_answer(channel, job)
-            changes = self._outcome_of(job, answer) if answer is not None else lost_connection(job)
-            self._tell_ended(channel, job, changes, [])
-        self._sockets.close_channel(channel)
-        return False
-
-    def _end_drained(self) -> None:
-        """Note the ends that were read off already: a successor finds the rest of these streams only."""
-        for channel in self._sockets.channels.values():
-            job = channel.job
-            if job is not None and job.running and channel.drains:
-                answer = drained_answer(channel, job)
-                if answer is not None:
-                    self._end(job, self._outcome_of(job, answer))
-
-    def _outcome_of(self, job: Job, answer: wire.Answer) -> Row:
-        return outcome_of(job, answer, self._ledger.decode)
-
-    def _texts(self, row: bytes) -> list[str | None]:
-        return [None if value is None else self._ledger.decode(value) for value in wire.row_values(row)]
 
     # --- cancel, timeouts ---
 

@@ -49,6 +49,12 @@ def query_message(sql: bytes) -> bytes:
     return b"Q" + struct.pack("!I", len(sql) + 5) + sql + b"\0"
 
 
+def call_message(function_oid: int, argument: bytes) -> bytes:
+    """A call of a function of one argument by its oid, which no name can bend; its answer is a group as well."""
+    body = struct.pack("!IHHi", function_oid, 0, 1, len(argument)) + argument + struct.pack("!H", 0)
+    return b"F" + struct.pack("!I", len(body) + 4) + body
+
+
 def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None]) -> bytes:
     """The extended protocol's Parse, Bind, Execute and Sync for one statement; its answer is a group as well."""
     values = b"".join(
@@ -82,6 +88,8 @@ class Answer:
             self.error = body
         elif kind == b"D":
             self.row = body
+        elif kind == b"V":
+            self.row = _row_of(body[4:].split(b","))
         elif kind == b"Z":
             self.complete = True
 
@@ -242,6 +250,11 @@ def error_fields(body: bytes) -> dict[str, bytes]:
         if name is not None:
             fields[name] = field[1:]
     return fields
+
+
+def _row_of(values: list[bytes]) -> bytes:
+    """A DataRow, of the texts that a function call has returned with commas between them."""
+    return struct.pack("!H", len(values)) + b"".join([struct.pack("!i", len(value)) + value for value in values])
 
 
 def row_values(body: bytes) -> list[bytes | None]:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 from . import messages, output_settings, wire
@@ -27,7 +27,7 @@ from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
 from .results import Column, TypeStyles, encode_rows
 from .server import READABLE, Server
-from .session import CLEAN_UP_ANSWERS, SURELY_WRITTEN_BYTES, WorkerSession, backend_died, report_of
+from .session import SURELY_WRITTEN_BYTES, WorkerSession, backend_died, report_of
 from .settings import Configuration
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 # What a wait keeps in memory of a worker's unread output, beyond its queue_size, before it goes to a file.
 _KEPT_BYTES = 4 * 1024 * 1024
 _NO_LIMIT = 1 << 62
+_SHORT_S = 0.02  # most jobs that are waited for at once have ended after this
 KEY_BITS = 63
 PREVIEW_CHARACTERS = 120
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
@@ -71,6 +72,24 @@ class Job(NamedTuple):
     parameters: Parameters | None = None  # then the extended protocol runs it: a single statement
     discards: bool = False  # nobody will read its rows
 
+    def announced(
+        self, key: int, cookie: int, session: WorkerSession, configuration: Configuration, launched_us: int
+    ) -> messages.Announcement:
+        """What the supervisor is told of it."""
+        return messages.Announcement(
+            key,
+            session.pid,
+            cookie,
+            session.role_oid,
+            self.label,
+            self.submitted,
+            self.queue_size,
+            self.sql[:PREVIEW_CHARACTERS],
+            launched_us,
+            session.process_start,
+            configuration.history_ms,
+        )
+
 
 class Worker:
     """A job in a worker session, from the moment its SQL was sent.
@@ -94,7 +113,6 @@ class Worker:
     stop_message: str | None = None  # why, where the server does not know it
     changes: Mapping[str, Any] = {}  # what its end has changed in its row
     columns: tuple[Column, ...] | None = None
-    command_tags: str | None = None  # of a job that returned no rows, one a line
     elapsed_ms = 0.0
     started_settings: Mapping[str, str] = {}
     dependence = output_settings.Dependence(())
@@ -129,13 +147,13 @@ class Worker:
         self.role_oid = session.role_oid
         self.backlog = Backlog()
         self._tags: list[bytes] = []
-        self._launched = time.time()
-        self._started = time.monotonic()
+        self._launched_us = time.time_ns() // 1000
+        self._started_ns = time.monotonic_ns()
 
     @property
     def launched_at(self) -> datetime:
         """When, in UTC."""
-        return datetime.fromtimestamp(self._launched, timezone.utc)
+        return messages.moment(self._launched_us)
 
     # --- running ---
 
@@ -150,7 +168,7 @@ class Worker:
 
     def _launch(self) -> None:
         """Several statements get one more, which tells the output settings that they end with."""
-        self.started_settings = output_settings.inherited(self.configuration.output)
+        self.started_settings = self.configuration.output
         sql = self.job.sql
         connection = self.session.connection
         connection.notice_handler = self._take_notice
@@ -168,12 +186,12 @@ class Worker:
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
-        self._clean_ups = CLEAN_UP_ANSWERS
+        clean_up = self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
+        self._clean_ups = self.session.clean_up_answers
         self.tell_supervisor()
         encoded, parameters = self._server.encode(self.job.sql), self.job.parameters
         packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
-        packet += self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
-        self.session.write(packet, self._tell_writing)
+        self.session.write(packet + clean_up, self._tell_writing)
 
     def _tell_writing(self, writing: bool) -> None:
         """Were this session to end now, the supervisor would have to do the same with half a job's worker."""
@@ -196,7 +214,7 @@ class Worker:
         if self.job.submitted:
             return
         if clean_up:
-            self._clean_ups = CLEAN_UP_ANSWERS
+            self._clean_ups = self.session.clean_up_answers
         self._control.tell([messages.DETACH, self.pid, self._clean_ups])
         if self._clean_ups:
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
@@ -208,9 +226,7 @@ class Worker:
         again: another supervisor had it before, and may have read some of the answer.
         """
         session = self.session
-        extras: dict[str, Any] = {"started": self._started, "tags_of_commit": self._tags_of_commit}
-        if self._probes:
-            extras["probe"] = True
+        extras: dict[str, Any] = {"probe": True} if self._probes else {}
         if self._clean_ups:
             extras["clean_ups"] = self._clean_ups
         if self.configuration.worker_timeout_ms:
@@ -218,32 +234,20 @@ class Worker:
         if again:
             extras.update(
                 again=True,
+                consumed=self.consumed,
                 writing=self._writing,
                 canceled=self.cancel_requested,
                 terminate_at=self._terminate_at,
                 unknown_position=self.job.submitted or self.detached,
             )
-        self._control.tell([messages.JOB, self._row(), extras], session)
+        self._control.tell(
+            [messages.JOB, self._announcement(), self._started_ns, self._tags_of_commit, extras], session
+        )
         self.announced = True
         self._announced_on = self._control.connections
 
-    def _row(self) -> dict[str, Any]:
-        """What the table is to show of it, as far as this session knows."""
-        return {
-            "key": self.key,
-            "pid": self.pid,
-            "cookie": self.cookie,
-            "role_oid": self.role_oid,
-            "label": self.job.label,
-            "submitted": self.job.submitted,
-            "queue_size": self.job.queue_size,
-            "sql_preview": self.job.sql[:PREVIEW_CHARACTERS],
-            "launched_at": self.launched_at.isoformat(),
-            "process_start": self.session.process_start,
-            "state": self.state.value,
-            "history_ms": self.configuration.history_ms,
-            "consumed": self.consumed,
-        }
+    def _announcement(self) -> messages.Announcement:
+        return self.job.announced(self.key, self.cookie, self.session, self.configuration, self._launched_us)
 
     @property
     def _probes(self) -> bool:
@@ -260,16 +264,20 @@ class Worker:
         """Whether the job has reached its end, as far as was read."""
         return self.state is not State.RUNNING
 
-    def pump(self, limit: int) -> None:
+    def pump(self, limit: int, *, arrived: bool = False) -> None:
         """Take in what has arrived, without waiting, while less than `limit` bytes lie unread.
 
         What libpq has read is taken in to its end: nobody else would find it, were this session to end.
+        arrived: whether something has, for certain.
         """
         connection = self.session.connection
         while self.state is State.RUNNING:
             if connection.is_busy():
-                if self.backlog.bytes_in_memory >= limit or not self._server.is_readable(connection.socket):
+                if self.backlog.bytes_in_memory >= limit:
                     return
+                if not (arrived or self._server.is_readable(connection.socket)):
+                    return
+                arrived = False
                 self._consume()
                 continue
             result = connection.get_result()
@@ -282,6 +290,13 @@ class Worker:
     def read_elsewhere(self) -> bool:
         """Whether the supervisor reads this worker's socket, and tells us of its end."""
         return self.job.submitted or self.detached
+
+    @property
+    def command_tags(self) -> str | None:
+        """Those of a job that has ended well and returned no rows, one a line."""
+        if self.state is not State.STOPPED or self.columns is not None:
+            return None
+        return "\n".join(map(self._server.decode, self._tags))
 
     def look(self) -> None:
         """Bring the state up to date without reading more than queue_size ahead."""
@@ -337,12 +352,20 @@ class Worker:
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
+        if self._has_columns_or_ended():
+            return
+        awaited = (self.awaited(),)
+        if self._server.wait_for(awaited, time.monotonic() + _SHORT_S):
+            self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1), arrived=True)
+        if self._has_columns_or_ended():
+            return
         with self._watch() as watch:
-            while True:
+            while not self._has_columns_or_ended():
+                watch.wait_for(awaited)
                 self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1))
-                if self.ended or self.columns is not None:
-                    return
-                watch.wait_for((self.awaited(),))
+
+    def _has_columns_or_ended(self) -> bool:
+        return self.columns is not None or self.ended
 
     def next_item(self) -> Item | None:
         """The next batch of rows or notice, waiting for it; None at the end."""
@@ -484,30 +507,32 @@ class Worker:
         if self.error is not None and self.error.sqlstate in _INTERRUPTED:
             self._control.hear()  # of a cancel that another session asked for
             self.error = self._explained(self.error)
-        if self.error is None and self.columns is None:
-            self.command_tags = "\n".join(map(self._server.decode, self._tags))
         stopped = self.error is None
         self._set_ended(State.STOPPED if stopped else State.CANCELED if self._was_canceled() else State.ERROR)
         self.changes = self._changes()
-        finished = [messages.FINISHED, self.key, self.changes, time.monotonic()]
+        finished = [messages.FINISHED, self.key, self.changes, time.monotonic_ns()]
         self._control.report_end(finished, self._announced_on, self._ended_row)
 
     def _ended_row(self) -> dict[str, Any]:
         ended_at = self.launched_at + timedelta(milliseconds=self.elapsed_ms)
-        return {**self._row(), **self.changes, "finished_at": ended_at.isoformat()}
+        row = {**self._announcement().row(), **self.changes}
+        return {**row, "consumed": self.consumed, "finished_at": ended_at.isoformat()}
 
     def _set_ended(self, state: State) -> None:
-        self.elapsed_ms = (time.monotonic() - self._started) * 1000
+        self.elapsed_ms = (time.monotonic_ns() - self._started_ns) / 1e6
         self.state = state
 
     def _changes(self) -> dict[str, Any]:
         """What the end changes in the job's row."""
-        tag = self._tags[-1] if self._tags else b""
-        changes: dict[str, Any] = {"state": self.state.value}
-        if self.error is None:
-            changes.update(command_tag=self._server.decode(tag), row_count=wire.row_count(tag))
-            return changes
         report = self.error
+        if report is None:
+            tag = self._tags[-1] if self._tags else b""
+            return {
+                "state": State.STOPPED.value,
+                "command_tag": self._server.decode(tag),
+                "row_count": wire.row_count(tag),
+            }
+        changes: dict[str, Any] = {"state": self.state.value}
         changes.update(
             sqlstate=report.sqlstate,
             error_message=report.message,
@@ -532,7 +557,7 @@ class Worker:
         if self.stop_message is not None:
             return replace(report, message=self.stop_message)
         now = time.monotonic()
-        timed_out = (now - self._started) * 1000 >= self.configuration.worker_timeout_ms > 0
+        timed_out = (now * 1e9 - self._started_ns) / 1e6 >= self.configuration.worker_timeout_ms > 0
         if timed_out and not self.cancel_requested:
             return replace(report, sqlstate=QUERY_CANCELED, message=TIMED_OUT, hint=None, detail=None)
         if report.sqlstate == CONNECTION_FAILURE and self._terminate_at is not None and now >= self._terminate_at:

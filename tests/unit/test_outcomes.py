@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import socket
+import struct
 
 import pytest
 from pg_background import wire
-from pg_background.outcomes import outcome_of
-from pg_background.supervised import Job
+from pg_background.outcomes import drained_answer, outcome_of
+from pg_background.supervised import Channel, Job
 
 _TERMINATED = b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0"
 
@@ -23,7 +24,35 @@ def _answer(*messages: tuple[bytes, bytes]) -> wire.Answer:
 @pytest.mark.parametrize("end", [(b"Z", b"I"), (b"E", _TERMINATED)])
 def test_the_probes_tag_is_not_the_jobs(end: tuple[bytes, bytes]) -> None:
     """Nor where the backend was terminated when it had committed."""
-    extras: dict[str, Any] = {"probe": True, "tags_of_commit": 2}
     answer = _answer((b"C", b"INSERT 0 2\0"), (b"C", b"SELECT 1\0"), end)
-    changes = outcome_of(Job({"state": "running"}, extras), answer, bytes.decode)
+    changes = outcome_of(Job({"state": "running"}, 0, 2, {"probe": True}), answer, bytes.decode)
     assert (changes["state"], changes["command_tag"], changes["row_count"]) == ("stopped", "INSERT 0 2", 2)
+
+
+def _message(kind: bytes, body: bytes) -> bytes:
+    return kind + struct.pack("!I", len(body) + 4) + body
+
+
+_READY = _message(b"Z", b"I")
+_JOB = _message(b"C", b"INSERT 0 7\0") + _READY
+_CLEAN_UP = (
+    _message(b"C", b"DISCARD ALL\0") + _READY,
+    _message(b"D", b"\0\1\0\0\0\1a") + _message(b"C", b"SELECT 1\0") + _READY,
+    _message(b"V", struct.pack("!i", 7) + b"5,5,5,1") + _READY,
+)
+
+
+@pytest.mark.parametrize("come", range(4))
+def test_what_was_drained_is_the_jobs_answer_or_none(come: int) -> None:
+    """However much of the clean-up behind it has come; that never stands for the job."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(1, None, ours, None)
+        job = Job({"state": "running"}, 0, 1, {"clean_ups": 3})
+        channel.tail = _JOB + b"".join(_CLEAN_UP[:come])
+        answer = drained_answer(channel, job)
+        assert answer is not None
+        assert answer.tag == b"INSERT 0 7"
+        channel.tail = b"".join(_CLEAN_UP[:come])
+        assert drained_answer(channel, job) is None
+        channel.process.close()
