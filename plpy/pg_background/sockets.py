@@ -12,7 +12,7 @@ from .supervised import Channel, Link
 
 # Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
 # cost the sender more than to send it.
-_REST_S = 0.005
+_REST_S = 0.002
 
 
 class Sockets:
