@@ -132,8 +132,7 @@ class Answers:
         if position != len(window) or not job.running:
             return False
         unclean = len(answers) == 1 or any(answer.error for answer in answers[1:])
-        row = answers[-1].row
-        clean_up = [] if unclean or row is None else self._texts(row)
+        clean_up = self._clean_up_of(answers[-1], unclean=unclean)
         outcome = self._outcome_of(job, answers[0])
         wire.receive_from(channel.connection, position, 0)
         channel.answer, channel.answers_left = wire.Answer(), 0
@@ -166,7 +165,7 @@ class Answers:
         channel.unclean = channel.unclean or answer.error is not None
         if channel.answers_left:
             return
-        row = [] if channel.unclean or answer.row is None else self._texts(answer.row)
+        row = self._clean_up_of(answer, unclean=channel.unclean)
         if link is not None:
             self._sockets.unwatch(channel)
             self._sockets.send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
@@ -223,5 +222,8 @@ class Answers:
     def _outcome_of(self, job: Job, answer: wire.Answer) -> Row:
         return outcome_of(job, answer, self._ledger.decode)
 
-    def _texts(self, row: bytes) -> list[str | None]:
-        return [None if value is None else self._ledger.decode(value) for value in wire.row_values(row)]
+    def _clean_up_of(self, last: wire.Answer, *, unclean: bool) -> list[str | None]:
+        """What a session is told of its clean-up: the last answer's row; nothing where it must not be used again."""
+        if unclean or last.row is None:
+            return []
+        return [None if value is None else self._ledger.decode(value) for value in wire.row_values(last.row)]

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import lexer, messages
-from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, reply
+from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, reply, tags_of
 from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
 from .errors import (
     FEATURE_NOT_SUPPORTED,
@@ -268,22 +268,20 @@ class Beyond:
     @reply
     def open_as(self, pid: int | None, cookie: int | None, row_type: int | None) -> str:
         """As open_result, with the columns of a row type, or, if that is None, one column of JSON objects."""
-        return "+" + self._opened_as(pid, cookie, row_type)
-
-    def _opened_as(self, pid: int | None, cookie: int | None, row_type: int | None) -> str:
         if pid is None or cookie is None:
             raise background_error(NULL_VALUE_NOT_ALLOWED, "the handle of a background worker must not be null")
         worker = self._runtime.opened(pid, cookie)
-        query = self._runtime.tags_or_query(worker)
-        if worker.command_tags is not None:
-            return query
-        whole = "." if query.startswith(".") else ""
-        query = query[len(whole) :]
+        tags = tags_of(worker)
+        if tags:
+            return "+" + tags
+        query = self._runtime.rows_query(worker)
+        marks = "+." if query.startswith(".") else "+"
+        query = query.removeprefix(".")
         if row_type is None:
             self._refuse_domains_of_others(worker.columns or ())
             names = ", ".join(map(_quoted, _distinct(self._names_of(worker))))
-            return f"{whole}SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
-        return whole + self._with_domains(worker.columns or (), query, row_type)
+            return f"{marks}SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
+        return marks + self._with_domains(worker.columns or (), query, row_type)
 
     def _refuse_domains_of_others(self, columns: Iterable[Column]) -> None:
         """0A000 where the reader, who has named no types, would run code of another role."""

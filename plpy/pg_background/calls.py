@@ -161,7 +161,7 @@ class Runtime:
         """
         quick_until = time.monotonic() + _QUICK_S
         worker = self.opened(pid, cookie)
-        reply = _tags_of(worker) or self._plain_column(worker) or self.rows_query(worker)
+        reply = tags_of(worker) or self._plain_column(worker) or self.rows_query(worker)
         return reply if time.monotonic() < quick_until else "+" + reply
 
     def opened(self, pid: int, cookie: int | None) -> Worker:
@@ -187,10 +187,6 @@ class Runtime:
             raise BackgroundError(worker.problem)
         return worker
 
-    def tags_or_query(self, worker: Worker) -> str:
-        """As open_result, for all but the columns that have a mark."""
-        return _tags_of(worker) or self.rows_query(worker)
-
     def _plain_column(self, worker: Worker) -> str:
         """The mark and the array of a small result of one column of a type that is met often; empty for any other."""
         columns = worker.columns or ()
@@ -201,7 +197,7 @@ class Runtime:
         return f"{mark}{texts[0]}" if texts is not None and "NULL" not in texts[0] else ""
 
     def rows_query(self, worker: Worker) -> str:
-        """Types of the job's own making show only after its commit."""
+        """The query of open_result, for any columns. Types of the job's own making show only after its commit."""
         columns = worker.columns or ()
         names = self._registry.type_names.of(columns)
         if names is None:
@@ -435,7 +431,7 @@ class Reading:
         self.finished = False
 
 
-def _tags_of(worker: Worker) -> str:
+def tags_of(worker: Worker) -> str:
     """The command tags of a worker that has none but these to return, behind a mark; empty for any other."""
     tags = worker.command_tags
     return "" if tags is None else ("=" if tags and "\n" not in tags else "*") + tags

@@ -255,14 +255,12 @@ class Server:
 
     def is_readable(self, descriptor: int) -> bool:
         """Whether something has arrived, without waiting."""
-        polled = self._poll_arrays[1]
-        polled[0].fd, polled[0].events = descriptor, READABLE
-        return bool(self._poll(polled, 1, 0) > 0)
+        return self.is_ready(descriptor, READABLE)
 
-    def is_writable(self, descriptor: int) -> bool:
-        """Whether something can be sent, without waiting."""
+    def is_ready(self, descriptor: int, events: int) -> bool:
+        """Whether the descriptor is ready for this, without waiting."""
         polled = self._poll_arrays[1]
-        polled[0].fd, polled[0].events = descriptor, WRITABLE
+        polled[0].fd, polled[0].events = descriptor, events
         return bool(self._poll(polled, 1, 0) > 0)
 
     def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:

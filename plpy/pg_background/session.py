@@ -170,13 +170,13 @@ class WorkerSession:
     def _count_hidden_settings(self) -> int:
         """What the proof of this session, which no job has used, says of it."""
         self._write_some(wire.call_message(self._proof_oid, b"0"))
-        received, answer = b"", wire.Answer()
-        while not answer.complete:
-            more, answer = self._read_some(None), wire.Answer()
-            if not more:
+        self._answers_awaited = 1
+        unread, answer = b"", wire.Answer()
+        while self._answers_awaited:
+            received = self._read_some(None)
+            if not received:
                 raise BackgroundError(backend_died(self.pid))
-            received += more
-            wire.parse(received, answer)
+            unread, answer = self._take_answers(unread + received, answer)
         error = wire.error_fields(answer.error or b"")
         if error or answer.row is None:
             sqlstate, message = (self._server.decode(error.get(name, b"")) for name in ("sqlstate", "message"))
@@ -287,7 +287,7 @@ class WorkerSession:
 
     def has_room_for(self, packet: bytes) -> bool:
         """Whether a packet of a few kilobytes can be written at once."""
-        return len(packet) <= _WRITE_BYTES and self._server.is_writable(self.connection.socket)
+        return len(packet) <= _WRITE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
 
     def queue_clean_up(self, packet: bytes) -> None:
         """Send the clean-up behind a job whose answer the supervisor reads, not libpq."""
