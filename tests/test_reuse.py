@@ -49,6 +49,15 @@ def test_a_failed_jobs_session_runs_the_next_job(alice: Session) -> None:
     assert worker_pid(alice) == before
 
 
+@pytest.mark.parametrize("size", [0, 1])
+def test_a_smaller_pool_size_holds_from_the_next_launch_on(alice: Session, conn: Session, size: int) -> None:
+    handles = [launch(alice, PID) for _ in range(3)]
+    kept = {int(result(alice, handle, "pid int")[0][0]) for handle in handles}
+    alice.execute(f"SET pg_background.pool_size = {size}")
+    assert (worker_pid(alice) in kept) is (size == 1)
+    wait_until(lambda: sum(not is_gone(conn, pid) for pid in kept) == size)
+
+
 def test_submitted_jobs_are_given_kept_sessions(alice: Session) -> None:
     alice.execute("SET pg_background.max_workers = 2")
     pids = {submit(alice, "SELECT 1").pid for _ in range(20)}

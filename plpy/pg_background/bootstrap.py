@@ -22,24 +22,29 @@ _PACKAGE = "pg_background"
 _FUNCTION_PREFIX = "_pg_background_module_"
 _QUOTE = "$" + "module$"  # in two parts: the install script quotes this very text with it
 
-# Sources run as the server's operating system user. They come from members of the extension, found by pg_depend,
-# that a superuser owns; a function of the same name, whoever made it and wherever, is none.
-_MEMBERS = """
-FROM pg_catalog.pg_extension e
+
+def members(catalog: str) -> str:
+    """A table of this extension's members in a catalog, `d`; an object of the same name elsewhere is none of them."""
+    return f"""pg_catalog.pg_extension e
 JOIN pg_catalog.pg_depend d
   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
  AND d.refobjid OPERATOR(pg_catalog.=) e.oid
  AND d.deptype OPERATOR(pg_catalog.=) 'e'
- AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid
+ AND e.extname OPERATOR(pg_catalog.=) 'pg_background'
+ AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.{catalog}'::pg_catalog.regclass::pg_catalog.oid"""
+
+
+# Sources run as the server's operating system user: so they are those of members that a superuser owns.
+_SOURCES = f"""
+FROM {members("pg_proc")}
 JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.objid
 JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) p.proowner AND r.rolsuper
-WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
 """
-_BODY_QUERY = f"SELECT p.prosrc AS body {_MEMBERS} AND p.proname::pg_catalog.text OPERATOR(pg_catalog.=) $1"
+_BODY_QUERY = f"SELECT p.prosrc AS body {_SOURCES} WHERE p.proname::pg_catalog.text OPERATOR(pg_catalog.=) $1"
 _ALL_QUERY = (
     "SELECT p.prosrc AS body, p.oid::pg_catalog.regproc::pg_catalog.text AS function,"
     " p.proname::pg_catalog.text AS name"
-    f" {_MEMBERS} AND pg_catalog.starts_with(p.proname::pg_catalog.text, '{_FUNCTION_PREFIX}')"
+    f" {_SOURCES} WHERE pg_catalog.starts_with(p.proname::pg_catalog.text, '{_FUNCTION_PREFIX}')"
 )
 
 

@@ -22,6 +22,8 @@ from .server import Server
 _CONFIRM_S = 0.5
 # Where several sessions of a circle see it, one of them gives way first, and the others look once more.
 _GIVE_WAY_S = 0.25
+# Most waits are over after this; so many cost nothing but the wait.
+_SHORT_S = 0.02
 
 _BLOCKERS = (
     "SELECT pg_catalog.pg_blocking_pids($1)"
@@ -58,15 +60,17 @@ class Watch:
     Nothing is done before deadlock_timeout has passed.
     """
 
+    # What most waits never change stands here.
+    _pause = 0.0
+    _look_at = 0.0
+    _seen: Circle = ()
+    _confirm_at = 0.0
+    _published = False
+
     def __init__(self, server: Server, control: Control, worker_pid: int) -> None:
         self._server = server
         self._control = control
         self._worker_pid = worker_pid
-        self._pause = 0.0
-        self._look_at = 0.0
-        self._seen: Circle = ()
-        self._confirm_at = 0.0
-        self._published = False
 
     def __enter__(self) -> Watch:
         return self
@@ -75,18 +79,22 @@ class Watch:
         if self._published:
             self._control.tell_if_connected([messages.WAITS_FOR, None, None])
 
-    def wait_for(self, descriptors: Sequence[tuple[int, int]]) -> None:
-        """Wait until a descriptor is ready. It also returns after each look: the control socket was read then.
+    def wait_for(self, descriptors: Sequence[tuple[int, int]]) -> bool:
+        """Wait until a descriptor is ready; False after a look, for which the control socket was read.
 
         40P01 when the worker waits, directly or through others, for this session.
         """
-        now = time.monotonic()
         if not self._pause:
+            began = time.monotonic()
+            if self._server.wait_for(descriptors, began + _SHORT_S):
+                return True
             timeout_s = int(self._server.required_setting("deadlock_timeout")) / 1000
             self._pause = max(timeout_s, _CONFIRM_S)
-            self._look_at = now + timeout_s
-        if not self._server.wait_for(descriptors, self._look_at):
-            self._look()
+            self._look_at = began + timeout_s
+        if self._server.wait_for(descriptors, self._look_at):
+            return True
+        self._look()
+        return False
 
     def _look(self) -> None:
         circle = self._circle()

@@ -62,10 +62,10 @@ class OnCommit:
         guard, answers = self._guard(_checked_key(marker), session, configuration)
         encoded, parameters = self._server.encode(job.sql), job.parameters
         packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
-        packet += session.clean_up_packet(configuration.pool_idle_timeout_ms)
+        clean_up = session.clean_up(configuration.pool_idle_timeout_ms)
         announcement = job.announced(key, key, session, configuration, time.time_ns() // 1000)
         extras = {
-            "clean_ups": session.clean_up_answers,
+            "clean_ups": clean_up.answers,
             "timeout_ms": configuration.worker_timeout_ms,
             "started_ns": time.monotonic_ns(),
             "guard_bytes": len(guard),
@@ -76,7 +76,7 @@ class OnCommit:
         batch.unresolved.add(key)
         try:
             with os.fdopen(os.memfd_create("pg_background", os.MFD_CLOEXEC), "wb", buffering=0) as file:
-                _write_all(file.fileno(), guard + packet)
+                _write_all(file.fileno(), guard + packet + clean_up.packet)
                 self._registry.control.tell([messages.DEFER, announcement, extras], session, file.fileno())
         except BaseException:
             batch.unresolved.discard(key)
@@ -98,7 +98,7 @@ class OnCommit:
         for batch in own + idle:
             # One that has nothing to do and says something has ended, by its idle timeout for example.
             ended = not batch.unresolved and self._server.is_readable(batch.session.connection.socket)
-            if not (batch.dirty or ended) and registry.can_serve(batch.session, configuration):
+            if not (batch.dirty or ended) and registry.sessions.can_serve(batch.session, configuration):
                 batch.transaction = transaction
                 return batch
         for batch in idle:
@@ -118,7 +118,7 @@ class OnCommit:
         packet = wire.query_message(self._server.encode(verdict))
         if session.guc_state == configuration.guc_state:
             return packet, 1
-        return packet + wire.query_message(self._registry.adopt_settings(session, configuration)), 2
+        return packet + wire.query_message(self._registry.sessions.adopt_settings(session, configuration)), 2
 
     # --- news ---
 
@@ -141,7 +141,7 @@ class OnCommit:
 
     def _let_go(self, batch: Batch) -> None:
         del self._batches[batch.session.pid]
-        self._registry.put_back(batch.session, clean=not batch.dirty)
+        self._registry.sessions.put_back(batch.session, clean=not batch.dirty)
 
     def leave_behind(self) -> None:
         """Another supervisor is there: the one that has these jobs sees them to their ends."""

@@ -61,8 +61,6 @@ class Pool:
                 return session
         return None
 
-    def drop_all(self) -> list[WorkerSession]:
-        """Give all idle sessions up; the caller ends them."""
-        dropped = list(self.idle)
-        self.idle.clear()
-        return dropped
+    def drop_beyond(self, size: int) -> list[WorkerSession]:
+        """Give up all but so many, those first that have been idle longest; the caller ends them."""
+        return [self.idle.popleft() for _ in range(len(self.idle) - size)]

@@ -133,7 +133,7 @@ class SelfCheck:
         raise refused
 
     def _identity(self) -> str:
-        current, session = self._registry.prove_session(self._configurations.now())
+        current, session = self._registry.sessions.prove(self._configurations.now())
         return f'a worker became "{current}", its session user is "{session}"'
 
     def _supervisor(self) -> str:

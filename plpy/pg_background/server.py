@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
+from .bootstrap import members
 from .errors import INTERNAL_ERROR, UNDEFINED_OBJECT, BackgroundError, Report
 
 _SIZE_BYTES = ctypes.sizeof(ctypes.c_size_t)
@@ -168,14 +169,9 @@ class Server:
     def member_oid(self, name: str) -> int:
         """The oid of a function that is a member of the extension, whatever its schema and whoever has planted what."""
         found = self.query(
-            "SELECT p.oid FROM pg_catalog.pg_extension e"
-            " JOIN pg_catalog.pg_depend d"
-            "   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid"
-            "  AND d.refobjid OPERATOR(pg_catalog.=) e.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
-            "  AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid"
+            f"SELECT p.oid FROM {members('pg_proc')}"
             " JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.objid"
-            " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
-            " AND p.proname::pg_catalog.text OPERATOR(pg_catalog.=) $1",
+            " WHERE p.proname::pg_catalog.text OPERATOR(pg_catalog.=) $1",
             ["pg_catalog.text"],
             [name],
         )

@@ -8,7 +8,7 @@ import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from . import switch, wire
 from .errors import (
@@ -84,6 +84,17 @@ def backend_died(worker_pid: int | None, detail: str | None = None) -> Report:
     )
 
 
+class CleanUp(NamedTuple):
+    """What makes a session as a fresh one."""
+
+    idle_timeout_ms: int
+    packet: bytes
+    answers: int  # their number; the last one proves whose the session is
+
+
+_NO_CLEAN_UP = CleanUp(-1, b"", 0)
+
+
 class WorkerSession:
     """A connection whose authenticated, session and current user are the role role_oid."""
 
@@ -102,7 +113,7 @@ class WorkerSession:
         self.is_switched = False  # from another role: so Python runs in the worker already, which counts placeholders
         self._hidden_settings = 0  # how many it counts at least
         self._custom_names: frozenset[bytes] = frozenset()
-        self._clean_up: tuple[int, bytes, int] = (-1, b"", 0)  # for which idle timeout, packet, number of answers
+        self._clean_up = _NO_CLEAN_UP  # the latest
         self._proof_oid = 0
         self._proven_answer = b""
         self._answers_awaited = 0
@@ -193,7 +204,7 @@ class WorkerSession:
         """As inherit, where the caller has the returned query run, unless it is empty."""
         assigned_before, self.inherited = bool(self.inherited.assign), inherited
         self._custom_names |= inherited.custom_names
-        self._clean_up, self._proven_answer = (-1, b"", 0), b""
+        self._clean_up, self._proven_answer = _NO_CLEAN_UP, b""
         return b"RESET ALL; " + inherited.assign if assigned_before else inherited.assign
 
     def _switch_block(self, inherited: Inherited, *, ends_refused: bool) -> bytes:
@@ -256,13 +267,13 @@ class WorkerSession:
         """Whether the connection lives and is outside of a transaction."""
         return self.connection.transaction_status == _IDLE
 
-    def clean_up_packet(self, idle_timeout_ms: int) -> bytes:
-        """What makes this session as a fresh one; the last one of its answers proves whose it is.
+    def clean_up(self, idle_timeout_ms: int) -> CleanUp:
+        """What makes this session as a fresh one, that ends itself when it was idle for so long.
 
-        Where Python runs in it already, that is asked of a function by its oid: what has its name by now may be
+        Where Python runs in it already, the proof is asked of a function by its oid: what has its name by now may be
         anybody's, and a call takes half of a query's time.
         """
-        if self._clean_up[0] != idle_timeout_ms:
+        if self._clean_up.idle_timeout_ms != idle_timeout_ms:
             assign, parts = self.inherited.assign, [wire.query_message(b"DISCARD ALL")]
             if self.is_switched:
                 parts += [wire.query_message(assign)] if assign else []
@@ -270,29 +281,24 @@ class WorkerSession:
             else:
                 settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms + (assign + b"; " if assign else b"")
                 parts.append(wire.query_message(settings + b"SELECT " + _WHO_AM_I))
-            self._clean_up = (idle_timeout_ms, b"".join(parts), len(parts))
-        return self._clean_up[1]
-
-    @property
-    def clean_up_answers(self) -> int:
-        """How many answers the latest clean_up_packet() has."""
-        return self._clean_up[2]
+            self._clean_up = CleanUp(idle_timeout_ms, b"".join(parts), len(parts))
+        return self._clean_up
 
     def send_clean_up(self, idle_timeout_ms: int) -> None:
         """Send it past libpq; finish_clean_up reads the answers when the session is wanted again."""
-        packet = self.clean_up_packet(idle_timeout_ms)
-        if self._write_some(packet) != len(packet):
+        clean_up = self.clean_up(idle_timeout_ms)
+        if self._write_some(clean_up.packet) != len(clean_up.packet):
             raise BackgroundError(backend_died(self.pid))
-        self._answers_awaited = self.clean_up_answers
+        self._answers_awaited = clean_up.answers
 
-    def has_room_for(self, packet: bytes) -> bool:
-        """Whether a packet of a few kilobytes can be written at once."""
-        return len(packet) <= _WRITE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
+    def has_room_for(self, clean_up: CleanUp) -> bool:
+        """Whether its few kilobytes can be written at once."""
+        return len(clean_up.packet) <= _WRITE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
 
-    def queue_clean_up(self, packet: bytes) -> None:
-        """Send the clean-up behind a job whose answer the supervisor reads, not libpq."""
+    def queue_clean_up(self, clean_up: CleanUp) -> None:
+        """Send it behind a job whose answer the supervisor reads, not libpq."""
         self._out_of_step = True
-        self.write(packet, lambda _: None)
+        self.write(clean_up.packet, lambda _: None)
 
     def resynchronize(self) -> bool:
         """Whether libpq can be used: where the supervisor has read the answer that it waits for, it gets another one.

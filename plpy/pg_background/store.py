@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from .bootstrap import members
+
 TABLE, MARKER_TABLE = "_pg_background_worker", "_pg_background_marker"
 
 # The table's columns; a row is a dict of them. `key` is random and never 0, where the cookie of v1 workers is.
@@ -102,15 +104,10 @@ class Store:
         found = plpy.execute(
             "SELECT n.nspname::pg_catalog.text AS name,"
             " pg_catalog.has_schema_privilege(CURRENT_USER, n.oid, 'USAGE') AS is_open"
-            " FROM pg_catalog.pg_extension e"
-            " JOIN pg_catalog.pg_depend d"
-            "   ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid"
-            "  AND d.refobjid OPERATOR(pg_catalog.=) e.oid AND d.deptype OPERATOR(pg_catalog.=) 'e'"
-            "  AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass::pg_catalog.oid"
+            f" FROM {members('pg_class')}"
             " JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) d.objid"
             " JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace"
-            " WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'"
-            f" AND c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
+            f" WHERE c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
         )
         if not found or not found[0]["is_open"]:
             return False

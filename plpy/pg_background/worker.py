@@ -27,7 +27,7 @@ from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
 from .results import Column, TypeStyles, encode_rows
 from .server import READABLE, Server
-from .session import SURELY_WRITTEN_BYTES, WorkerSession, backend_died, report_of
+from .session import SURELY_WRITTEN_BYTES, CleanUp, WorkerSession, backend_died, report_of
 from .settings import Configuration
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 # What a wait keeps in memory of a worker's unread output, beyond its queue_size, before it goes to a file.
 _KEPT_BYTES = 4 * 1024 * 1024
 _NO_LIMIT = 1 << 62
-_SHORT_S = 0.02  # most jobs that are waited for at once have ended after this
 KEY_BITS = 63
 PREVIEW_CHARACTERS = 120
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
@@ -186,37 +185,36 @@ class Worker:
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
-        clean_up = self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
-        self._clean_ups = self.session.clean_up_answers
+        clean_up = self.session.clean_up(self.configuration.pool_idle_timeout_ms)
+        self._clean_ups = clean_up.answers
         self.tell_supervisor()
         encoded, parameters = self._server.encode(self.job.sql), self.job.parameters
         packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
-        self.session.write(packet + clean_up, self._tell_writing)
+        self.session.write(packet + clean_up.packet, self._tell_writing)
 
     def _tell_writing(self, writing: bool) -> None:
         """Were this session to end now, the supervisor would have to do the same with half a job's worker."""
         self._writing, self._touched = writing, True  # libpq reads where it cannot write
         self._control.tell([messages.WRITING, self.pid, writing])
 
-    def clean_up_behind(self) -> bytes:
+    def clean_up_behind(self) -> CleanUp | None:
         """What would make its session fit for another job, if that can be queued behind this one.
 
         Nothing must have been read, so that the stream is at the start of this job's answer, or sent in part.
         """
         if self.ended or self.job.submitted or self._touched or self._writing or self.signaled:
-            return b""
-        packet = self.session.clean_up_packet(self.configuration.pool_idle_timeout_ms)
-        return packet if self.session.has_room_for(packet) else b""
+            return None
+        clean_up = self.session.clean_up(self.configuration.pool_idle_timeout_ms)
+        return clean_up if self.session.has_room_for(clean_up) else None
 
-    def detach(self, clean_up: bytes) -> None:
+    def detach(self, clean_up: CleanUp | None) -> None:
         """Leave the rest to the supervisor, as a submitted job's; after this clean-up another job may follow."""
         self.detached = True
         if self.job.submitted:
             return
-        if clean_up:
-            self._clean_ups = self.session.clean_up_answers
+        self._clean_ups = clean_up.answers if clean_up is not None else 0
         self._control.tell([messages.DETACH, self.pid, self._clean_ups])
-        if self._clean_ups:
+        if clean_up is not None:
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
                 self.session.queue_clean_up(clean_up)
 
@@ -352,20 +350,10 @@ class Worker:
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
-        if self._has_columns_or_ended():
-            return
-        awaited = (self.awaited(),)
-        if self._server.wait_for(awaited, time.monotonic() + _SHORT_S):
-            self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1), arrived=True)
-        if self._has_columns_or_ended():
-            return
         with self._watch() as watch:
-            while not self._has_columns_or_ended():
-                watch.wait_for(awaited)
-                self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1))
-
-    def _has_columns_or_ended(self) -> bool:
-        return self.columns is not None or self.ended
+            while self.columns is None and not self.ended:
+                arrived = watch.wait_for((self.awaited(),))
+                self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1), arrived=arrived)
 
     def next_item(self) -> Item | None:
         """The next batch of rows or notice, waiting for it; None at the end."""
