@@ -6,52 +6,47 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from typing import Any, Callable
+from typing import Any
 
 from . import messages, wire
 from .deferral import Deferred, Packet, Queue, packet_from
+from .jobs import Jobs
 from .ledger import Ledger
 from .outcomes import outcome_of, rolled_back, timestamp
 from .sockets import Sockets
 from .store import KEY, Row
-from .supervised import Channel, Job
-
-
-def take_packet(descriptors: list[int], extras: Mapping[str, Any]) -> Packet:
-    """The job's packet out of the file whose descriptor is the last one."""
-    file = descriptors.pop()
-    try:
-        return packet_from(file, extras)
-    finally:
-        os.close(file)
+from .supervised import Channel, Job, Link
 
 
 class AfterCommit:
     """What is to be done next in the sessions that serve such jobs."""
 
-    def __init__(
-        self,
-        sockets: Sockets,
-        ledger: Ledger,
-        end: Callable[[Job, Row], None],
-        add_deadline: Callable[[Job, int], None],
-    ) -> None:
+    def __init__(self, sockets: Sockets, ledger: Ledger, jobs: Jobs) -> None:
         self._sockets = sockets
         self._ledger = ledger
-        self._end = end
-        self._add_deadline = add_deadline
+        self._jobs = jobs
 
     def is_waited_for(self) -> bool:
         """Whether jobs wait for a commit, of which the next one must find this process: they keep their order."""
         channels = self._sockets.channels.values()
         return any(channel.queue is not None and channel.queue.is_busy for channel in channels)
 
-    def defer(self, channel: Channel, job: Job, packet: Packet, extras: Mapping[str, Any]) -> None:
-        """Take a job in."""
+    def on_defer(self, link: Link, descriptors: list[int], announcement: list[Any], extras: dict[str, Any]) -> None:
+        """A session hands a job over; its packet is in the file whose descriptor is the last one."""
+        packet = _packet_in(descriptors.pop(), extras)
+        row = self._jobs.row_of(link, announcement)
+        pid = int(row["pid"])
+        if descriptors:
+            self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
+        channel, job = self._sockets.channels.get(pid), Job(row, extras["started_ns"], None, extras)
+        if channel is None:
+            self._jobs.refuse(link, job)
+            return
+        self._jobs.by_key[int(row[KEY])] = job
         channel.reads = True
         queue = channel.queue = channel.queue or Queue()
         queue.proof = list(extras["proof"])
-        self._ledger.note(job.row)
+        self._ledger.note(row)
         idle = not queue.is_busy
         queue.waiting.append(Deferred(job, packet, int(extras["timeout_ms"])))
         if idle:
@@ -81,7 +76,7 @@ class AfterCommit:
         if channel.link is not None:
             self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN])
         if job.running:
-            self._end(job, changes)
+            self._jobs.end(job, changes)
 
     def send_outgoing(self, channel: Channel) -> None:
         """As much as fits; an event tells when more does."""
@@ -143,7 +138,7 @@ class AfterCommit:
         channel.previous, channel.job = channel.job, job
         channel.answer, channel.answers_left, channel.unclean = wire.Answer(), 1 + job.groups_after, False
         if item.timeout_ms:
-            self._add_deadline(job, item.timeout_ms)
+            self._jobs.add_deadline(job, item.timeout_ms)
         queue.runs = True
         self._write(channel, queue, item.packet.job)
 
@@ -151,3 +146,10 @@ class AfterCommit:
         queue.outgoing += packet
         self.send_outgoing(channel)
         self._sockets.watch(channel)
+
+
+def _packet_in(file: int, extras: Mapping[str, Any]) -> Packet:
+    try:
+        return packet_from(file, extras)
+    finally:
+        os.close(file)

@@ -12,6 +12,7 @@ from typing import Callable
 
 from . import messages, wire
 from .after_commit import AfterCommit
+from .jobs import Jobs
 from .ledger import Ledger
 from .outcomes import drained_answer, lost_connection, outcome_of
 from .sockets import Sockets
@@ -29,15 +30,15 @@ class Answers:
         self,
         sockets: Sockets,
         ledger: Ledger,
+        jobs: Jobs,
         after_commit: AfterCommit,
         receive: Callable[[Link], None],
-        end: Callable[[Job, Row, float | None], None],
     ) -> None:
         self._sockets = sockets
         self._ledger = ledger
+        self._jobs = jobs
         self._after_commit = after_commit
         self._receive = receive
-        self._end = end
 
     def read_ready(self) -> None:
         """Each of them once; in line again goes what may have more."""
@@ -71,9 +72,9 @@ class Answers:
         ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
         answer = wire.last_answer(window, 0, job.tags_after, job.tags_of_commit) if ended else None
         if answer is not None:
-            self._end(job, self._outcome_of(job, answer), looked_at)
+            self._jobs.end(job, self._outcome_of(job, answer), looked_at)
         elif wire.hung_up(channel.connection):
-            self._end(job, lost_connection(job), None)
+            self._jobs.end(job, lost_connection(job), None)
         return False
 
     def _read_answers(self, channel: Channel) -> bool:
@@ -175,7 +176,7 @@ class Answers:
         """The worker's own session first: what others do upon the end must find it informed."""
         if channel.link is not None:
             self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up])
-        self._end(job, changes, None)
+        self._jobs.end(job, changes, None)
 
     def _lost(self, channel: Channel, received: bytes | None) -> bool:
         """Nothing to read: not yet (b"" stands for the end of the connection)."""
@@ -217,7 +218,7 @@ class Answers:
             if job is not None and job.running and channel.drains:
                 answer = drained_answer(channel, job)
                 if answer is not None:
-                    self._end(job, self._outcome_of(job, answer), None)
+                    self._jobs.end(job, self._outcome_of(job, answer), None)
 
     def _outcome_of(self, job: Job, answer: wire.Answer) -> Row:
         return outcome_of(job, answer, self._ledger.decode)

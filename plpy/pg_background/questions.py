@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from typing import Callable
 
 from . import messages
+from .jobs import Jobs
 from .ledger import Ledger
 from .reports import Reports
 from .sockets import Sockets
@@ -21,14 +21,11 @@ _HAND_OVER_S = 2.0
 class Questions:
     """Answers after all that was sent before a question, by whomever, is known."""
 
-    def __init__(
-        self, sockets: Sockets, ledger: Ledger, reports: Reports, jobs: dict[int, Job], finished: deque[int]
-    ) -> None:
+    def __init__(self, sockets: Sockets, ledger: Ledger, reports: Reports, jobs: Jobs) -> None:
         self._sockets = sockets
         self._ledger = ledger
         self._reports = reports
         self._jobs = jobs
-        self._finished = finished  # keys of those that ended lately
         self._asked: list[Callable[[], None]] = []
         self._asked_too_early: list[Callable[[], None]] = []  # they are asked again
         self._alone = False  # no predecessor is left that could send what it cannot write
@@ -62,8 +59,8 @@ class Questions:
         waiting = channel.waiting_job(cookie) if channel is not None else None
         if waiting is not None:
             return waiting
-        for key in reversed(self._finished):
-            job = self._jobs.get(key)
+        for key in reversed(self._jobs.finished):
+            job = self._jobs.by_key.get(key)
             if job is not None and job.row["pid"] == pid and job.row["cookie"] == cookie:
                 return job
         return None

@@ -8,31 +8,24 @@ throws away, so that they never block. Everything it knows it keeps in memory; t
 from __future__ import annotations
 
 import contextlib
-import heapq
 import os
 import select
-import signal
 import socket
 import time
-from collections import deque
-from typing import Any, Callable
+from typing import Callable
 
-from . import messages, wire
-from .after_commit import AfterCommit, take_packet
+from . import messages
+from .after_commit import AfterCommit
 from .answers import Answers
+from .jobs import Jobs
 from .ledger import Ledger
-from .outcomes import (
-    LOST,
-    canceled_before,
-    lost_connection,
-    never_ran,
-    timestamp,
-)
+from .outcomes import never_ran
 from .questions import Questions
 from .reports import Reports
 from .sockets import Sockets
-from .store import ENDS, KEY, Row, Store
-from .supervised import Channel, Job, Link
+from .stops import Stops
+from .store import KEY, Store
+from .supervised import Link
 
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
@@ -41,13 +34,11 @@ _FIRST_LINK_S = 2.0
 # backend still has a supervisor tells the reader that it is not lost.
 _LINGER_S = 0.25
 _IDLE_S = 60.0  # with nothing to do it ends after this
-_BLOCKED_S = 0.07  # a worker that waits for its reader does not heed a cancel, only its termination
 _PRUNE_S = 60.0
 # A busy one makes room after this, or so many rows: its statistics reach autovacuum only at its end.
 _SUCCESSION_S, _SUCCESSION_ROWS = 600.0, 50_000
 _LOST_S = 0.2  # rows of a predecessor are looked after so often
 _MAX_EVENTS = 1 << 16
-_REMEMBERED = 2000  # finished jobs that questions find in memory
 _NO_MESSAGE_OF_OURS = (
     messages.ProtocolError,
     TypeError,
@@ -81,16 +72,14 @@ class Supervisor:
         self._path = path
         self._digest = digest
         self._handle_interrupts = handle_interrupts
-        self._in_transaction = in_transaction  # by the pid of a backend
         self._log = log
-        self._jobs: dict[int, Job] = {}  # by key
-        self._finished: deque[int] = deque()
         self._sockets = Sockets(self._close_link)
         self._reports = Reports(self._sockets, self._ledger, self._receive, self._close_link)
-        self._questions = Questions(self._sockets, self._ledger, self._reports, self._jobs, self._finished)
-        self._after_commit = AfterCommit(self._sockets, self._ledger, self._end, self._add_deadline)
-        self._answers = Answers(self._sockets, self._ledger, self._after_commit, self._receive, self._end)
-        self._deadlines: list[tuple[float, int]] = []
+        self._jobs = Jobs(self._sockets, self._ledger, self._reports)
+        self._questions = Questions(self._sockets, self._ledger, self._reports, self._jobs)
+        self._stops = Stops(self._sockets, self._jobs, self._questions, self._receive, in_transaction)
+        self._after_commit = AfterCommit(self._sockets, self._ledger, self._jobs)
+        self._answers = Answers(self._sockets, self._ledger, self._jobs, self._after_commit, self._receive)
         now = time.monotonic()
         self._tick_at = now
         self._prune_at = now + _PRUNE_S
@@ -99,24 +88,23 @@ class Supervisor:
         self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
         self._has_had_no_link = True
-        self._unwatched: set[int] = set()  # keys of jobs that are watched from the next tick on
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
-            messages.JOB: self._on_job,
-            messages.DEFER: self._on_defer,
-            messages.FINISHED: self._on_finished,
-            messages.DETACH: self._on_detach,
-            messages.CLOSED: self._on_closed,
-            messages.WRITING: self._on_writing,
+            messages.JOB: self._jobs.on_job,
+            messages.DEFER: self._after_commit.on_defer,
+            messages.FINISHED: self._jobs.on_finished,
+            messages.DETACH: self._jobs.on_detach,
+            messages.CLOSED: self._jobs.on_closed,
+            messages.WRITING: self._jobs.on_writing,
             messages.MOVED_ON: self._on_moved_on,
             messages.FIND: self._questions.on_find,
             messages.WAIT: self._questions.on_wait,
             messages.FORGET: self._questions.on_forget,
             messages.WAITS_FOR: self._questions.on_waits_for,
-            messages.CANCEL: self._on_cancel,
+            messages.CANCEL: self._stops.on_cancel,
             messages.AM_I_WORKER: self._questions.on_am_i_worker,
             messages.PROGRESS: lambda link, *report: self._reports.note(link.pid, *report),
-            messages.RECORD: self._on_record,
+            messages.RECORD: self._jobs.on_record,
         }
         self._sockets.epoll.register(listener.fileno(), select.EPOLLIN)
 
@@ -135,7 +123,7 @@ class Supervisor:
             self._answers.read_ready()
             self._reports.hear_unheard()
             self._answer_questions()
-            self._fire_deadlines(now)
+            self._stops.fire_deadlines(now)
             if now >= self._tick_at:
                 self._tick(now)
             if self._sockets.resting and now >= self._sockets.wake_at:
@@ -168,12 +156,11 @@ class Supervisor:
         now = time.monotonic()
         wake_at = now + _SLICE_S
         wake_at = self._ledger.next_flush(wake_at)
-        if self._unwatched:
+        if self._jobs.unwatched:
             wake_at = min(wake_at, self._tick_at)
         if self._sockets.resting:
             wake_at = min(wake_at, self._sockets.wake_at)
-        if self._deadlines:
-            wake_at = min(wake_at, self._deadlines[0][0])
+        wake_at = self._jobs.next_deadline(wake_at)
         return max(0.0, wake_at - now)
 
     def _serve(self, events: list[tuple[int, int]]) -> None:
@@ -204,16 +191,9 @@ class Supervisor:
 
     def _tick(self, now: float) -> None:
         self._tick_at = now + _TICK_S
-        for key in self._unwatched:
-            job = self._jobs.get(key)
-            channel = self._sockets.channels.get(job.row["pid"]) if job is not None and job.running else None
-            if channel is not None and channel.job is job:
-                self._sockets.watch(channel)
-        self._unwatched.clear()
+        self._jobs.watch_unwatched()
+        self._stops.repeat(now)
         for channel in list(self._sockets.channels.values()):
-            job = channel.job
-            if job is not None and job.running and (job.canceled or job.timed_out):
-                self._stop(job, now)
             if channel.farewell_due:
                 self._sockets.say_farewell(channel)
         if self._deaf and self._listener is not None:
@@ -337,25 +317,17 @@ class Supervisor:
             if channel.queue is not None and channel.queue.is_busy:
                 channel.link = None
             elif link.moved_on:
-                self._forget(channel)
+                self._jobs.forget(channel)
             elif job is None or not job.running:
                 self._sockets.close_channel(channel)
             elif channel.writing:
-                self._end(job, never_ran())
+                self._jobs.end(job, never_ran())
                 self._sockets.close_channel(channel)
             else:
                 channel.link = None
                 if not channel.drains:
                     self._sockets.drain(channel)
                     self._sockets.terminate_after_job(channel)
-
-    def _forget(self, channel: Channel) -> None:
-        """Another supervisor has this worker: nothing more is to be written about it here."""
-        job = channel.job
-        if job is not None and job.running:
-            self._jobs.pop(job.row[KEY], None)
-            self._ledger.forget(job.row[KEY])
-        self._sockets.close_channel(channel)
 
     def _on_hello(self, link: Link, digest: str) -> None:
         if digest == self._digest and self._listener is not None:
@@ -373,203 +345,7 @@ class Supervisor:
 
     # --- jobs ---
 
-    def _on_job(
-        self,
-        link: Link,
-        descriptors: list[int],
-        announcement: list[Any],
-        started_ns: int,
-        tags_of_commit: int | None,
-        extras: dict[str, Any],
-    ) -> None:
-        row = self._announced_row(link, announcement)
-        pid, key = int(row["pid"]), int(row[KEY])
-        if extras.get("again"):
-            row = self._row_so_far(dict(row, consumed=extras["consumed"]))
-        if self._has_already(link, pid, key):
-            return
-        if descriptors:
-            self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel = self._sockets.channels.get(pid)
-        job = Job(row, started_ns, tags_of_commit, extras)
-        if channel is None:
-            self._refuse(link, job)
-            return
-        if not job.running:
-            self._keep_ended(channel, link, job, read_here=bool(extras.get("unknown_position")))
-            return
-        self._jobs[key] = job
-        channel.previous, channel.job = channel.job, job
-        channel.writing = bool(extras.get("writing"))
-        channel.answer = wire.Answer()
-        channel.answers_left = 1 + job.groups_after
-        channel.unclean = False
-        self._ledger.note(row)
-        timeout_ms = extras.get("timeout_ms", 0)
-        if timeout_ms:
-            self._add_deadline(job, timeout_ms)
-        channel.reads = row["submitted"]
-        channel.queue = None
-        link.may_rest = not channel.reads
-        if extras.get("unknown_position"):
-            self._sockets.drain(channel)
-            self._sockets.terminate_after_job(channel)
-        elif channel.reads:
-            self._sockets.watch(channel)
-        else:
-            self._unwatched.add(key)
-
-    @staticmethod
-    def _announced_row(link: Link, announcement: list[Any]) -> Row:
-        row = messages.Announcement(*announcement).row()
-        row["launcher_pid"], row["launcher_start"] = link.pid, link.process_start
-        return row
-
-    def _on_defer(self, link: Link, descriptors: list[int], announcement: list[Any], extras: dict[str, Any]) -> None:
-        packet = take_packet(descriptors, extras)
-        row = self._announced_row(link, announcement)
-        pid = int(row["pid"])
-        if descriptors:
-            self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel, job = self._sockets.channels.get(pid), Job(row, extras["started_ns"], None, extras)
-        if channel is None:
-            self._refuse(link, job)
-            return
-        self._jobs[int(row[KEY])] = job
-        self._after_commit.defer(channel, job, packet, extras)
-
-    def _refuse(self, link: Link, job: Job) -> None:
-        """A job in a connection that was given up here: what its session has sent behind this must be heard."""
-        changes = lost_connection(job)
-        self._jobs[job.row[KEY]] = job
-        self._sockets.send(link, [messages.ENDED, job.row["pid"], job.row[KEY], changes, []])
-        self._end(job, changes)
-
-    def _keep_ended(self, channel: Channel, link: Link, job: Job, *, read_here: bool) -> None:
-        """A job that is handed over again, whose end is known; a session that reads it itself keeps the connection."""
-        if read_here:
-            self._tell_end(link, job.row, [])
-            self._sockets.close_channel(channel)
-        else:
-            channel.job = job
-
-    def _has_already(self, link: Link, pid: int, key: int) -> bool:
-        """Whether this job's stream is being read here: its session has only come back over another link."""
-        channel = self._sockets.channels.get(pid)
-        if channel is None or channel.job is None or channel.job.row[KEY] != key or not channel.job.running:
-            return False
-        if channel.link is not None:
-            channel.link.channels.discard(pid)
-        channel.link = link
-        link.channels.add(pid)
-        return True
-
-    def _row_so_far(self, row: Row) -> Row:
-        """A job that is handed over again: its progress, or its end, may be known already."""
-        self._ledger.inherited.pop(row[KEY], None)
-        job = self._jobs.get(row[KEY])
-        known = job.row if job is not None else self._ledger.ask(lambda store: store.find_key(row[KEY]))
-        if known is None:
-            return row
-        if known["state"] != "running" and known["sqlstate"] != LOST:  # not lost after all
-            return dict(known)
-        return dict(row, progress_pct=known.get("progress_pct"), progress_msg=known.get("progress_msg"))
-
-    def _tell_end(self, link: Link, row: Row, clean_up: list[str | None] | None) -> None:
-        """A submitted or detached job that ended before its session could hear of it."""
-        changes = {name: value for name, value in row.items() if name in ENDS and value is not None}
-        self._sockets.send(link, [messages.ENDED, row["pid"], row[KEY], changes, clean_up])
-
-    def _on_writing(self, _: Link, pid: int, writing: bool) -> None:
-        channel = self._sockets.channels.get(pid)
-        if channel is not None:
-            channel.writing = writing
-            if channel.farewell_due:
-                self._sockets.say_farewell(channel)
-
-    def _on_finished(self, _: Link, key: int, changes: Row, at_ns: int) -> None:
-        job = self._jobs.get(key)
-        if job is None:
-            self._ledger.record_end(key, changes)
-            return
-        channel = self._sockets.channels.get(job.row["pid"])
-        if channel is not None and channel.job is job and not channel.reads:
-            self._sockets.unwatch(channel)
-        self._end(job, changes, at_ns / 1e9)
-
-    def _on_detach(self, link: Link, pid: int, clean_ups: int) -> None:
-        channel = self._sockets.channels.get(pid)
-        if channel is None or channel.link is not link:
-            return  # its backend has gone, of which the session has been told
-        job = channel.job
-        if channel.drains:
-            return  # handed over again as a detached one
-        if job is None:
-            self._sockets.close_channel(channel)
-        elif clean_ups:
-            self._read_with_clean_up(channel, link, job, clean_ups)
-        elif job.running:
-            self._sockets.drain(channel)
-            self._sockets.terminate_after_job(channel)
-        else:
-            self._tell_end(link, job.row, [])  # seen here before the session looked
-            self._sockets.close_channel(channel)
-
-    def _read_with_clean_up(self, channel: Channel, link: Link, job: Job, clean_ups: int) -> None:
-        """Of this worker's output its session has read nothing, and nothing but the clean-up follows it."""
-        if not job.running:
-            self._tell_end(link, job.row, None)  # seen here before the session looked
-        job.groups_after = clean_ups
-        channel.reads = True
-        channel.answers_left = 1 + clean_ups
-        self._sockets.watch(channel)
-        self._sockets.ready.append(channel)
-
-    def _on_closed(self, link: Link, pid: int) -> None:
-        channel = self._sockets.channels.get(pid)
-        if channel is not None and channel.link is link and not channel.drains:
-            if channel.job is not None and channel.job.running:
-                self._end(channel.job, lost_connection(channel.job))  # announced, but it could not be sent
-            self._sockets.close_channel(channel)
-
-    def _end(self, job: Job, changes: Row, at: float | None = None) -> None:
-        """A job has ended, with this outcome; a second report of the same end changes little."""
-        first = job.running
-        if first:
-            self._reports.hear_before_end(job.row["pid"], at)
-        if not first and (job.row.get("sqlstate") == LOST or changes.get("state") == "stopped"):
-            job.row.update(dict.fromkeys(ENDS))  # its session knows better
-        job.row.update(changes)
-        if job.row.get("finished_at") is None:
-            job.row["finished_at"] = timestamp()
-        self._ledger.note(job.row)
-        if not first:
-            return
-        for link, request in job.waiters:
-            link.waiting.pop(request, None)
-            self._sockets.send(link, [messages.REPLY, request, job.row])
-        job.waiters.clear()
-        self._finished.append(job.row[KEY])
-        while len(self._finished) > _REMEMBERED:
-            self._jobs.pop(self._finished.popleft(), None)
-
     # --- cancel, timeouts ---
-
-    def _on_cancel(self, link: Link, request: int, pid: int, cookie: int, grace_ms: int | None) -> None:
-        self._questions.ask(lambda: self._cancel(link, request, self._questions.find(pid, cookie), grace_ms))
-
-    def _cancel(self, link: Link, request: int, job: Job | None, grace_ms: int | None) -> None:
-        if job is not None and job.running:
-            job.canceled = True
-            if grace_ms is not None:
-                job.kill_at = time.monotonic() + grace_ms / 1000
-            channel = self._sockets.channels.get(job.row["pid"])
-            if channel is not None and channel.link is not None:
-                self._sockets.send(channel.link, [messages.CANCELING, channel.pid, job.row[KEY], job.kill_at])
-            self._stop(job, time.monotonic())
-            if job.running and channel is not None and channel.waiting_job(job.row["cookie"]) is job:
-                self._end(job, canceled_before())
-        self._sockets.send(link, [messages.REPLY, request, job is not None])
 
     def _answer_questions(self) -> None:
         """After all that was sent before a question, by whomever, is known: a launch, or an end."""
@@ -582,55 +358,10 @@ class Supervisor:
                 self._receive(link)
         self._questions.answer()
 
-    def _add_deadline(self, job: Job, timeout_ms: int) -> None:
-        """A job that has been sent is to end by then."""
-        heapq.heappush(self._deadlines, (job.started + timeout_ms / 1000, job.row[KEY]))
-
-    def _fire_deadlines(self, now: float) -> None:
-        while self._deadlines and self._deadlines[0][0] <= now:
-            job = self._jobs.get(heapq.heappop(self._deadlines)[1])
-            if job is None or not job.running:
-                continue
-            job.timed_out = True
-            job.kill_at = now + _BLOCKED_S
-            self._stop(job, now)
-
-    def _stop(self, job: Job, now: float) -> None:
-        """Signal a job's backend, as often as it takes; never one that works on the session's next job by now."""
-        channel = self._sockets.channels.get(job.row["pid"])
-        if channel is None or channel.job is not job:
-            return
-        if channel.link is not None:
-            self._receive(channel.link)
-        if not job.running or channel.job is not job or self._sockets.channels.get(channel.pid) is not channel:
-            return
-        self._unwatched.add(job.row[KEY])
-        overdue = job.kill_at is not None and now >= job.kill_at
-        if not overdue:
-            channel.process.send(signal.SIGINT)
-        elif self._in_transaction(channel.pid):
-            # Else it has committed, and waits for the reader of its last rows.
-            channel.process.send(signal.SIGTERM)
-
     # --- the table ---
 
-    def _on_record(self, link: Link, row: Row) -> None:
-        """A predecessor's row; or a session's, of a job that ended while there was no supervisor to tell."""
-        row = {"launcher_pid": link.pid, "launcher_start": link.process_start, **row}
-        job = self._jobs.get(row[KEY])
-        if job is None:
-            self._ledger.note({**(self._ledger.known_row(row[KEY]) or {}), **row})
-            return
-        self._ledger.inherited.pop(row[KEY], None)
-        if row["state"] != "running":
-            self._end(job, row)
-        elif job.row.get("progress_pct") is None:
-            job.row.update(progress_pct=row.get("progress_pct"), progress_msg=row.get("progress_msg"))
-            self._ledger.note(job.row)
-
     def _prune(self) -> None:
-        self._deadlines = [entry for entry in self._deadlines if entry[1] in self._jobs]
-        heapq.heapify(self._deadlines)
+        self._jobs.prune_deadlines()
         self._ledger.ask(lambda store: store.prune())
         self._sweep_markers()
 
