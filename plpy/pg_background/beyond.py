@@ -15,7 +15,6 @@ from . import lexer, messages
 from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, reply, tags_of
 from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
 from .errors import (
-    FEATURE_NOT_SUPPORTED,
     INVALID_PARAMETER_VALUE,
     NULL_VALUE_NOT_ALLOWED,
     SYNTAX_ERROR,
@@ -24,14 +23,12 @@ from .errors import (
     as_json,
     background_error,
 )
-from .output_settings import PARTS_QUERY
-from .results import FIRST_USER_OID
+from .row_types import RowTypes
 from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .calls import Runtime
     from .registry import Registry
-    from .results import Column
     from .server import Server
     from .settings import Configurations
 
@@ -41,43 +38,7 @@ _MAX_PARAMETERS = 65535  # the protocol counts them in 16 bits
 _STOP_GRACE_MS = 1000
 _SIGNAL_S = 2.0  # how long to wait for the supervisor to send one
 
-_SHORT_NAME = 10  # characters, which are 40 bytes at most: a number still fits in an identifier behind them
-
 Row = dict[str, Any]  # what is known of a worker: store.COLUMNS, and what _outcome_of() derives
-
-
-# The columns of a row type, or the one of any other type; a domain with the type that it comes down to.
-_COLUMNS_OF_TYPE = """
-    WITH RECURSIVE field(place, oid) AS (
-        SELECT a.attnum, a.atttypid
-        FROM pg_catalog.pg_type t
-        JOIN pg_catalog.pg_attribute a ON a.attrelid OPERATOR(pg_catalog.=) t.typrelid
-        WHERE t.oid OPERATOR(pg_catalog.=) $1 AND t.typtype OPERATOR(pg_catalog.=) 'c'
-          AND a.attnum OPERATOR(pg_catalog.>) 0::pg_catalog.int2 AND NOT a.attisdropped
-        UNION ALL
-        SELECT 1::pg_catalog.int2, t.oid FROM pg_catalog.pg_type t
-        WHERE t.oid OPERATOR(pg_catalog.=) $1 AND t.typtype OPERATOR(pg_catalog.<>) 'c'
-    ), base(place, oid, typmod, is_base) AS (
-        SELECT f.place, f.oid, -1, false FROM field f
-        UNION ALL
-        SELECT b.place,
-               CASE WHEN t.typtype OPERATOR(pg_catalog.=) 'd' THEN t.typbasetype ELSE t.oid END,
-               CASE WHEN t.typtype OPERATOR(pg_catalog.=) 'd' THEN t.typtypmod ELSE b.typmod END,
-               t.typtype OPERATOR(pg_catalog.<>) 'd'
-        FROM base b JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) b.oid
-        WHERE NOT b.is_base
-    )
-    SELECT f.oid, b.oid AS base, b.typmod, f.oid OPERATOR(pg_catalog.<>) b.oid AS is_domain
-    FROM field f JOIN base b ON b.place OPERATOR(pg_catalog.=) f.place AND b.is_base
-    ORDER BY f.place"""
-
-# A domain that these types consist of, of an owner who cannot become the reader: input runs what it checks.
-_DOMAIN_OF_ANOTHER = f"""
-    SELECT pg_catalog.format_type(t.oid, NULL) AS name
-    FROM ({PARTS_QUERY}) AS part
-    JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) part.oid
-    WHERE t.typtype OPERATOR(pg_catalog.=) 'd' AND NOT pg_catalog.pg_has_role(t.typowner, $2, 'MEMBER')
-    LIMIT 1"""
 
 
 class Beyond:
@@ -88,6 +49,7 @@ class Beyond:
         self._server = server
         self._registry = registry
         self._configurations = configurations
+        self._row_types = RowTypes(server, registry.type_names)
         self._runs: dict[str, Worker] = {}  # of run_query, until they are read
 
     def report_of(self, error: Exception) -> Report:
@@ -277,48 +239,10 @@ class Beyond:
         query = self._runtime.rows_query(worker)
         marks = "+." if query.startswith(".") else "+"
         query = query.removeprefix(".")
+        columns = worker.columns or ()
         if row_type is None:
-            self._refuse_domains_of_others(worker.columns or ())
-            names = ", ".join(map(_quoted, _distinct(self._names_of(worker))))
-            return f"{marks}SELECT pg_catalog.to_jsonb(q.*) FROM ({query}) AS q({names})"
-        return marks + self._with_domains(worker.columns or (), query, row_type)
-
-    def _refuse_domains_of_others(self, columns: Iterable[Column]) -> None:
-        """0A000 where the reader, who has named no types, would run code of another role."""
-        types = [column.type_oid for column in columns if column.type_oid >= FIRST_USER_OID]
-        if not types:
-            return
-        caller = self._server.caller()
-        found = self._server.query(_DOMAIN_OF_ANOTHER, ["pg_catalog.oid[]", "pg_catalog.oid"], [types, caller])
-        if found:
-            raise background_error(
-                FEATURE_NOT_SUPPORTED,
-                f"values of domain {found[0]['name']} are not read without a column list",
-                detail="What the domain checks is code of its owner, and would run as the current user.",
-                hint="Name the types in the column list of pg_background_result_v2().",
-            )
-
-    def _names_of(self, worker: Worker) -> Iterable[str]:
-        return [self._server.decode(column.name) for column in worker.columns or ()]
-
-    def _with_domains(self, columns: Sequence[Column], query: str, row_type: int) -> str:
-        """The query whose values of a base type are of that domain over it that the row type has in their place."""
-        wanted = self._server.query(_COLUMNS_OF_TYPE, ["pg_catalog.oid"], [row_type])
-        domains = [
-            column._replace(type_oid=int(field["oid"]), typmod=-1)
-            if field["is_domain"] and (int(field["base"]), field["typmod"]) == (column.type_oid, column.typmod)
-            else None
-            for column, field in zip(columns, wanted)
-        ]
-        if len(wanted) != len(columns) or not any(domains):
-            return query
-        names = self._registry.type_names.of(tuple(filter(None, domains))) or {}
-        values = ", ".join(
-            f"q.c{place}" if domain is None else f"q.c{place}::{names[domain.type_oid, -1].exact}"
-            for place, domain in enumerate(domains)
-        )
-        aliases = ", ".join(f"c{place}" for place in range(len(columns)))
-        return f"SELECT {values} FROM ({query}) AS q({aliases})"
+            return marks + self._row_types.query_of_json(columns, query)
+        return marks + self._row_types.query_of(columns, query, row_type)
 
     # --- what became of a worker ---
 
@@ -519,27 +443,6 @@ def _given_handles(handles: Iterable[Row | None]) -> list[Handle]:
         for handle in handles
         if handle is not None and handle["pid"] is not None and handle["cookie"] is not None
     ]
-
-
-def _distinct(names: Iterable[str]) -> list[str]:
-    """The names, with a number where there was the same one before."""
-    taken: list[str] = []
-    for name in names:
-        number, chosen = 1, name
-        while chosen in taken:
-            number += 1
-            chosen = f"{name[:_SHORT_NAME]}_{number}"
-        taken.append(chosen)
-    return taken
-
-
-def _quoted(name: str) -> str:
-    """A quoted identifier without a brace: "{schema}" in the query stands for something else."""
-    doubled = name.replace('"', '""')
-    if "{" not in name:
-        return f'"{doubled}"'
-    escaped = doubled.replace("\\", "\\\\").replace("{", "\\007B")
-    return f'U&"{escaped}"'
 
 
 def _forget(endings: Iterable[Ending]) -> None:
