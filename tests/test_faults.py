@@ -107,10 +107,10 @@ class Fault(NamedTuple):
 _ON_THE_WAY_TO_A_SUPERVISOR = [
     Fault("messages.control_socket", errno.EMFILE, "53000"),
     Fault("messages.control_socket", errno.ENOBUFS, "58030"),
-    Fault("control.os.makedirs", errno.EACCES, "58030"),
-    Fault("control.os.open", errno.ENOSPC, "53100"),
-    Fault("control.os.open", errno.EMFILE, "53000"),
-    Fault("control.fcntl.flock", errno.ENOLCK, "58030"),
+    Fault("starter.os.makedirs", errno.EACCES, "58030"),
+    Fault("starter.os.open", errno.ENOSPC, "53100"),
+    Fault("starter.os.open", errno.EMFILE, "53000"),
+    Fault("starter.fcntl.flock", errno.ENOLCK, "58030"),
     Fault("messages.send", errno.EPIPE, None),
     Fault("messages.receive", errno.ECONNRESET, None),
 ]

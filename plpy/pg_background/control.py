@@ -1,81 +1,27 @@
-"""A session's line to the supervisor: starts it where there is none, tells it of every worker, hears of their ends."""
+"""A session's line to the supervisor: tells it of every worker, and hears of their ends."""
 
 from __future__ import annotations
 
-import binascii
-import fcntl
 import os
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from . import messages
 from .errors import INSUFFICIENT_RESOURCES, INTERNAL_ERROR, BackgroundError, background_error
-from .inheritance import startup_options
-from .loopback import Loopback
 from .server import READABLE, WRITABLE, Server
-from .session import WorkerSession, report_of
+from .session import WorkerSession
+from .starter import APPLICATION_NAME, Start, Starter
 
 if TYPE_CHECKING:
-    from psycopg.pq.abc import PGconn
+    pass
 
-    from .bootstrap import Module
-
-ROLE = "pgbackground_supervisor"
-APPLICATION_NAME = "pg_background supervisor"
 _START_TIMEOUT_S = 30.0
 _RETRY_S = 0.002
 _MAX_UNTOLD = 1000
-_START_ANEW = ("55P03", "57P01", "08006")  # another one serves, or this one was terminated
-_CONNECTION_OK = 0
-_MODULES = (
-    "__init__",
-    "after_commit",
-    "answers",
-    "bootstrap",
-    "deferral",
-    "jobs",
-    "ledger",
-    "messages",
-    "outcomes",
-    "process",
-    "progress",
-    "questions",
-    "reports",
-    "sockets",
-    "stops",
-    "store",
-    "supervised",
-    "supervisor",
-    "supervisor_main",
-    "switch",
-    "units",
-    "wire",
-)
-# What an owner of the database could bend, and what must not end or slow the supervisor.
-_OPTIONS = {
-    b"role": b"none",
-    b"search_path": b"pg_catalog",
-    b"statement_timeout": b"0",
-    b"lock_timeout": b"100ms",  # whoever locks its table must not stop it for long
-    b"idle_in_transaction_session_timeout": b"0",
-    b"idle_session_timeout": b"0",
-    b"client_connection_check_interval": b"0",
-    b"client_min_messages": b"notice",
-    b"default_transaction_isolation": b"read committed",
-    b"default_transaction_read_only": b"off",
-    b"default_transaction_deferrable": b"off",
-    b"synchronous_commit": b"off",
-    b"exit_on_error": b"off",
-    b"local_preload_libraries": b"",
-    b"jit": b"off",
-    b"max_parallel_workers_per_gather": b"0",  # the end of a parallel worker would wake it for the next one
-    b"log_min_error_statement": b"panic",  # its statement is all its modules
-}
-
 
 WaitFor = Callable[[Sequence[tuple[int, int]]], object]
 
@@ -106,36 +52,19 @@ class Question:
         self.asked: socket.socket | None = None
 
 
-class _Start(NamedTuple):
-    """A supervisor that is being started: its connection, the lock that keeps others from it, its notices."""
-
-    connection: PGconn
-    lock: int
-    notices: list[str]
-
-    def close(self) -> None:
-        """Leave it to itself."""
-        self.connection.finish()
-        os.close(self.lock)
-
-
 class Control:
     """The control connection of this session."""
 
-    def __init__(
-        self, server: Server, loopback: Callable[[], Loopback], digest: str, read_module: Callable[[str], Module]
-    ) -> None:
+    def __init__(self, server: Server, starter: Starter) -> None:
         self._server = server
-        self._loopback = loopback
-        self._digest = digest
-        self._read_module = read_module
-        self._path = messages.socket_path(server.database_oid)
+        self._starter = starter
+        self._path = starter.path
         self._socket: socket.socket | None = None
         self._requests = 0
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
         self._moved = False
-        self._starting: _Start | None = None
+        self._starting: Start | None = None
         self._connections = 0  # so far
         self._untold: deque[list[Any]] = deque(maxlen=_MAX_UNTOLD)  # ends of jobs
         self.listener: Listener | None = None
@@ -188,7 +117,7 @@ class Control:
     def prepare(self) -> None:
         """Have a supervisor started where there is none, without waiting for it: ensure() does that."""
         if self._socket is None and self._starting is None and not os.path.exists(self._path):
-            self._starting = self._begin_start()
+            self._starting = self._starter.begin()
 
     def _connection(self) -> socket.socket:
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -409,7 +338,7 @@ class Control:
         try:
             connection.setblocking(False)
             connection.connect(self._path)
-            messages.send(connection, [messages.HELLO, self._digest])
+            messages.send(connection, [messages.HELLO, self._starter.digest])
             deadline = time.monotonic() + _START_TIMEOUT_S
             self._server.wait_for(((connection.fileno(), READABLE),), deadline)
             received = messages.receive(connection)
@@ -426,117 +355,7 @@ class Control:
 
     def _start_and_connect(self, deadline: float) -> socket.socket | None:
         """Start a supervisor; where another session was faster, wait until its one listens."""
-        start, self._starting = self._starting or self._begin_start(), None
-        if start is None or not self._finish_start(start):
+        start, self._starting = self._starting or self._starter.begin(), None
+        if start is None or not self._starter.finish(start):
             self._server.wait_for((), min(deadline, time.monotonic() + _RETRY_S))
         return self._connect()
-
-    def _begin_start(self) -> _Start | None:
-        """Send a new supervisor its program; None while another session starts one."""
-        os.makedirs(os.path.dirname(self._path), mode=0o700, exist_ok=True)
-        lock = os.open(self._path + ".start", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            if not _lock(lock) or self._is_served():
-                os.close(lock)
-                return None
-            loopback = self._loopback()
-            connection = loopback.connect(loopback.logins()[0], startup_options(self._options()), APPLICATION_NAME)
-        except BaseException:
-            os.close(lock)
-            raise
-        start = _Start(connection, lock, [])
-        try:
-            connection.notice_handler = lambda notice: start.notices.append(report_of(notice, self._server).message)
-            connection.send_query(self._start_block())
-            while connection.flush():
-                self._server.wait_for(((connection.socket, READABLE | WRITABLE),), None)
-                connection.consume_input()
-        except BaseException as error:
-            gone = isinstance(error, Exception) and connection.status != _CONNECTION_OK
-            start.close()
-            if gone:
-                return None  # it was terminated at once
-            raise
-        return start
-
-    def _is_served(self) -> bool:
-        """Whether a supervisor listens: another session may have started one a moment ago."""
-        with messages.control_socket() as probe:
-            try:
-                probe.connect(self._path)
-            except OSError:
-                return False
-            return True
-
-    def _finish_start(self, start: _Start) -> bool:
-        """True when the new supervisor listens, False when another one serves."""
-        connection = start.connection
-        try:
-            while not start.notices:
-                self._server.wait_for_one(connection.socket, None)
-                connection.consume_input()
-                if connection.is_busy():
-                    continue
-                result = connection.get_result()
-                if result is None:
-                    return False
-                report = report_of(result, self._server)
-                if report.sqlstate in _START_ANEW:
-                    return False
-                raise background_error(
-                    report.sqlstate,
-                    "the supervisor of background workers could not start",
-                    detail=report.message,
-                    hint="See the server log.",
-                )
-            return True
-        except BackgroundError:
-            raise
-        except Exception:  # psycopg.OperationalError: not importable before psycopg is
-            if connection.status == _CONNECTION_OK:
-                raise
-            return False  # it was terminated at once
-        finally:
-            start.close()
-
-    def _options(self) -> dict[bytes, bytes]:
-        return {**_OPTIONS, b"transaction_timeout": b"0"} if self._server.major >= 17 else _OPTIONS
-
-    def _start_block(self) -> bytes:
-        """A DO block that brings its modules along: nothing is called by a name that could be planted."""
-        role_oid = self._role_oid()
-        codes = {module: binascii.b2a_base64(self._read_module(module).code(), newline=False) for module in _MODULES}
-        body = (
-            "from binascii import a2b_base64\n"
-            "from marshal import loads\n"
-            f"codes = {codes!a}\n"
-            "scope = {'__name__': 'pg_background.bootstrap'}\n"
-            "exec(loads(a2b_base64(codes['bootstrap'])), scope)\n"
-            "scope['install_importer'](lambda name: a2b_base64(codes[name]))\n"
-            "from pg_background import supervisor_main\n"
-            f"supervisor_main.main(plpy, {role_oid}, {self._server.database_oid}, {self._digest!a})\n"
-        ).replace("$", "\\x24")
-        return b"/* pg_background supervisor */ DO LANGUAGE plpython3u $supervisor$\n" + body.encode() + b"$supervisor$"
-
-    def _role_oid(self) -> int:
-        found = self._server.query(
-            "SELECT r.oid, r.rolsuper FROM pg_catalog.pg_roles r"
-            f" WHERE r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) '{ROLE}'"
-        )
-        if not found or found[0]["rolsuper"]:
-            raise background_error(
-                "42704",
-                f'the role "{ROLE}" does not exist, or is a superuser',
-                hint=f"CREATE ROLE {ROLE} NOLOGIN; and GRANT it what CREATE EXTENSION pg_background granted,"
-                " or create the extension anew.",
-            )
-        return int(found[0]["oid"])
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether this session may start a supervisor; False while another one does."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

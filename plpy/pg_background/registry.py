@@ -23,6 +23,7 @@ from .server import Server
 from .session import WorkerSession
 from .sessions import Sessions
 from .settings import Configuration
+from .starter import Starter
 from .worker import Job, State, Worker
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Registry:
         self.type_names = TypeNames(server)
         self._styles = TypeStyles(server)
         loopback = cache(lambda: Loopback(server))
-        self.control = Control(server, loopback, digest, read_module)
+        self.control = Control(server, Starter(server, loopback, digest, read_module))
         self.control.listener = self
         self.sessions = Sessions(server, self.control, loopback, self)
         self.workers: dict[int, Worker] = {}  # tracked, by pid

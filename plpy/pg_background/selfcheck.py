@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import settings
-from .control import ROLE as SUPERVISOR_ROLE
 from .errors import ADMIN_SHUTDOWN, INTERNAL_ERROR, QUERY_CANCELED, BackgroundError, Report, background_error
 from .inheritance import startup_options
 from .loopback import Loopback, describe, import_pq
+from .starter import ROLE as SUPERVISOR_ROLE
 
 if TYPE_CHECKING:
     from .registry import Registry
