@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from typing import NamedTuple
 import psycopg
 import pytest
 
-from tests.background import Handle, is_idle, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
 from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_supervisor import control_path
@@ -289,6 +290,57 @@ def test_a_supervisor_that_hangs_delays_only(session: Session, conn: Session, le
             what="the end of the job",
         )
     wait(session, handle)
+
+
+_LAUNCHES_WITHOUT_END = """
+    DO $$
+    DECLARE
+        handle pg_background_handle;
+    BEGIN
+        LOOP
+            handle := pg_background_launch_v2('SELECT 1');
+            PERFORM FROM pg_background_result_v2(handle.pid, handle.cookie) AS (n int);
+        END LOOP;
+    END $$"""
+
+
+def fill_line(session: Session) -> None:
+    """Tells a supervisor that is stopped of so many jobs that no more fits, and ends by a timeout."""
+    session.execute("SET statement_timeout = '1s'")
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(session.execute, _LAUNCHES_WITHOUT_END)
+        try:
+            error = call.exception(20)
+        except TimeoutError:
+            session.connection.cancel()  # that it does not end by itself is the defect
+            raise
+    assert isinstance(error, psycopg.errors.QueryCanceled)
+
+
+@pytest.mark.parametrize("is_first_to_wait", ["a launch", "a result"])
+def test_a_cancelled_call_ends_though_the_supervisor_takes_nothing(
+    session: Session, conn: Session, is_first_to_wait: str, leaves_nothing: None
+) -> None:
+    session.execute("SET pg_background.pool_size = 1")  # a session that the supervisor knows
+    run(session, "SELECT 1", "n int")
+    with stopped(supervisor_pid(conn)):
+        if is_first_to_wait == "a launch":
+            submit(session, "SELECT 1")  # one message, where the others come in twos
+        fill_line(session)
+        fill_line(session)
+    session.execute("RESET statement_timeout; SET pg_background.pool_size = 0")
+    assert run(session, "SELECT 5", "n int") == [(5,)]
+
+
+def test_a_detach_that_is_cancelled_is_told_later(session: Session, conn: Session, leaves_nothing: None) -> None:
+    handle = launch(session, "SELECT repeat('x', 1000) FROM generate_series(1, 100000)")
+    with stopped(supervisor_pid(conn)):
+        fill_line(session)
+        with sqlstate("57014"):
+            detach(session, handle)
+    session.execute("RESET statement_timeout")
+    assert handle not in [(worker.pid, worker.cookie) for worker in listed(session)]
+    wait_until(lambda: ended(conn, handle)[0] == "stopped", what="the end of a worker that nobody reads")
 
 
 # --- a worker's connection ------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Control:
         self._starting: Start | None = None
         self._connections = 0  # so far
         self._untold: deque[list[Any]] = deque(maxlen=_MAX_UNTOLD)  # ends of jobs
+        self._words: deque[list[Any]] = deque()  # that did not fit in this connection
         self.listener: Listener | None = None
 
     @property
@@ -94,6 +95,7 @@ class Control:
         connection = self._connection()
         self.leave_start()  # one that listens by now need not be waited for
         old, self._socket, self._moved = self._socket, connection, False
+        self._words.clear()
         self._connections += 1
         try:
             if old is not None:
@@ -146,6 +148,7 @@ class Control:
             assert self._socket is not None
             unknown = about is not None and about.known_to_supervisor != self._connections
             try:
+                self._send_words()
                 sockets = (about.connection.socket,) if about is not None and unknown else ()
                 messages.send(self._socket, message, *sockets, *files)
             except BlockingIOError:
@@ -175,48 +178,46 @@ class Control:
                 raise  # a cancel
             self._drop()
 
-    def tell_if_connected(self, message: list[Any]) -> None:
-        """Send what only a supervisor that is there needs to know."""
+    def leave_word(self, message: list[Any]) -> None:
+        """Send what only a supervisor that is there needs to know, without waiting: what does not fit goes later."""
         if self._socket is not None:
-            try:
-                if self._untold:  # which must come before
-                    self.tell(message)
-                else:
-                    messages.send(self._socket, message)
-            except BlockingIOError:
-                self.tell(message)
-            except OSError:
-                self.hear()
-                self._drop()
+            self._words.append(message)
+            self._try_to_send_words()
+
+    def _try_to_send_words(self) -> None:
+        """As many as fit."""
+        if self._untold:
+            return  # which must come before
+        try:
+            self._send_words()
+        except BlockingIOError:
+            pass  # with the next message
+        except OSError:
+            self.hear()
+            self._drop()
+
+    def _send_words(self) -> None:
+        while self._words and self._socket is not None:
+            messages.send(self._socket, self._words[0])
+            self._words.popleft()
 
     def ask(self, kind: str, *arguments: Any, wait_for: WaitFor | None = None) -> Any:
         """Send a question and wait for its answer.
 
         wait_for: waits until a descriptor is ready, or raises what ends the wait; by default it has no limit.
         """
-        self._requests += 1
-        request = self._requests
-        asked: socket.socket | None = None
-        self._awaited.add(request)
+        question = self.question(kind, *arguments)
         try:
-            while request not in self._replies:
-                self.ensure()
-                if self._socket is not asked:
-                    self.tell([kind, request, *arguments])
-                    asked = self._socket
-                self.hear()
-                if request not in self._replies and self._socket is not None:
-                    awaited = ((self._socket.fileno(), READABLE),)
-                    if wait_for is None:
-                        self._server.wait_for(awaited, None)
-                    else:
-                        wait_for(awaited)
-        except BaseException:
-            self.tell_if_connected([messages.FORGET, request])
-            raise
+            while not self.is_answered(question):
+                assert self._socket is not None
+                awaited = ((self._socket.fileno(), READABLE),)
+                if wait_for is None:
+                    self._server.wait_for(awaited, None)
+                else:
+                    wait_for(awaited)
+            return self._replies[question.request]
         finally:
-            self._awaited.discard(request)
-        return self._replies.pop(request)
+            self.forget(question)
 
     def question(self, kind: str, *arguments: Any) -> Question:
         """A question that is_answered() puts; forget() ends it."""
@@ -239,11 +240,16 @@ class Control:
     def forget(self, question: Question) -> None:
         """No answer is wanted any more."""
         self._awaited.discard(question.request)
-        if self._replies.pop(question.request, None) is None and question.asked is not None:
-            self.tell_if_connected([messages.FORGET, question.request])
+        if question.request in self._replies:
+            del self._replies[question.request]
+        elif question.asked is not None:
+            self.leave_word([messages.FORGET, question.request])
 
     def hear(self) -> None:
         """Take in all news that has come, without waiting."""
+        if self._words and not self._untold:
+            with suppress(OSError):
+                self._send_words()
         while self._socket is not None:
             try:
                 received = messages.receive(self._socket)
@@ -301,6 +307,7 @@ class Control:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+            self._words.clear()
 
     def _leave(self, old: socket.socket) -> None:
         """Make a supervisor that made room let go of this session's workers; hear what it still had to say.

@@ -77,7 +77,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         if self._published:
-            self._control.tell_if_connected([messages.WAITS_FOR, None, None])
+            self._control.leave_word([messages.WAITS_FOR, None, None])
 
     def wait_for(self, descriptors: Sequence[tuple[int, int]]) -> bool:
         """Wait until a descriptor is ready; False after a look, for which the control socket was read.

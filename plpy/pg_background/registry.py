@@ -218,8 +218,7 @@ class Registry:
 
     def release(self, worker: Worker, *, unasked: bool = False) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
-        has_room = not worker.ended and self.sessions.kept_count() < worker.configuration.pool_size
-        clean_up = worker.clean_up_behind() if has_room else None
+        clean_up = worker.clean_up_behind() if not worker.ended and self.sessions.has_room() else None
         self.count_end(worker)
         self.workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None

@@ -94,14 +94,17 @@ class Sessions:
         """Whether the supervisor is about to tell of clean sessions."""
         return bool(self._being_cleaned)
 
-    def kept_count(self) -> int:
-        """How many are kept, or will be when the supervisor has read what they say."""
+    def has_room(self) -> bool:
+        """Whether one more can be kept, beside those that will be when the supervisor has read what they say."""
+        return self._kept_count() < self._pool_size
+
+    def _kept_count(self) -> int:
         return len(self._pool.idle) + len(self._registry.elsewhere) + len(self._being_cleaned)
 
     def _count(self) -> int:
         """How many there are that the pool might come to keep: also those that are read here, and one begun ahead."""
         read_here = sum(not worker.job.submitted for worker in self._registry.workers.values())
-        return read_here + self.kept_count() + (self._spare is not None)
+        return read_here + self._kept_count() + (self._spare is not None)
 
     def _kept(self, role_oid: int, configuration: Configuration) -> WorkerSession | None:
         """A kept session whose pid no tracked worker has; if need be, an ended submitted worker is let go for it."""
@@ -252,7 +255,7 @@ class Sessions:
     def take_back(self, worker: Worker) -> None:
         """Clean a session whose job was read to its end, and keep it, or end it."""
         session = worker.session
-        if not worker.is_reusable or not self._has_room_for(session, worker.configuration.pool_size):
+        if not worker.is_reusable or not self._has_room_for(session):
             self.end(session)
             return
         try:
@@ -278,19 +281,19 @@ class Sessions:
 
     def put_back(self, session: WorkerSession, *, clean: bool) -> None:
         """Keep a session for the next job, or end it."""
-        if clean and self._has_room_for(session, self._pool_size) and session.resynchronize():
+        if clean and self._has_room_for(session) and session.resynchronize():
             self._pool.put(session)
         else:
             self.end(session)
 
-    def _has_room_for(self, session: WorkerSession, size: int) -> bool:
+    def _has_room_for(self, session: WorkerSession) -> bool:
         """Whether the pool can keep one more session; one of another role makes room."""
-        if self._pool.has_room(size):
+        if self._pool.has_room(self._pool_size):
             return True
-        other = self._pool.take_of_another_role(session.role_oid) if size else None
+        other = self._pool.take_of_another_role(session.role_oid) if self._pool_size else None
         if other is not None:
             self.end(other)
-        return self._pool.has_room(size)
+        return self._pool.has_room(self._pool_size)
 
     # --- ends ---
 
@@ -298,7 +301,7 @@ class Sessions:
         """End a session; the supervisor has no part in it any more."""
         session.close()
         if session.known_to_supervisor:
-            self._control.tell_if_connected([messages.CLOSED, session.pid])
+            self._control.leave_word([messages.CLOSED, session.pid])
 
     def end_idle(self, pid: int) -> None:
         """A signal may be on its way to this process: where it is kept, it must not meet the next job."""

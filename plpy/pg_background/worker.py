@@ -213,7 +213,12 @@ class Worker:
         if self.job.submitted:
             return
         self._clean_ups = clean_up.answers if clean_up is not None else 0
-        self._control.tell([messages.DETACH, self.pid, self._clean_ups])
+        try:
+            self._control.tell([messages.DETACH, self.pid, self._clean_ups])
+        except BaseException:  # a cancel
+            self._clean_ups = 0
+            self._control.leave_word([messages.DETACH, self.pid, 0])
+            raise
         if clean_up is not None:
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
                 self.session.queue_clean_up(clean_up)
