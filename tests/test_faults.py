@@ -23,10 +23,10 @@ import psycopg
 import pytest
 
 from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
-from tests.clusters import Cluster, Session, sqlstate, wait_until
+from tests.clusters import Cluster, Session, server_log, server_log_size, sqlstate, wait_until
 from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_supervisor import control_path
-from tests.test_survival import ended, submit
+from tests.test_survival import ended, outcome, submit
 
 pytestmark = pytest.mark.local_server
 
@@ -333,14 +333,43 @@ def test_a_cancelled_call_ends_though_the_supervisor_takes_nothing(
 
 
 def test_a_detach_that_is_cancelled_is_told_later(session: Session, conn: Session, leaves_nothing: None) -> None:
-    handle = launch(session, "SELECT repeat('x', 1000) FROM generate_series(1, 100000)")
+    handles = [launch(session, "SELECT repeat('x', 1000) FROM generate_series(1, 20000)") for _ in range(5)]
+    canceled = 0
     with stopped(supervisor_pid(conn)):
         fill_line(session)
-        with sqlstate("57014"):
-            detach(session, handle)
+        for handle in handles:  # what is said of the first ones may be so short that it still fits
+            try:
+                detach(session, handle)
+            except psycopg.errors.QueryCanceled:
+                canceled += 1
+    assert canceled
+    session.execute("RESET statement_timeout")
+    # What it could not be told goes to it with the session's calls, as it makes room.
+    wait_until(lambda: not listed(session) and all(outcome(conn, handle) for handle in handles), what="the ends of all")
+    assert {outcome(conn, handle)[0] for handle in handles} == {"stopped"}
+
+
+def test_rows_that_a_cancelled_statement_leaves_unread_are_let_go_in_its_abort(
+    session: Session, cluster: Cluster, conn: Session, leaves_nothing: None
+) -> None:
+    """No query can be run and nothing be waited for there, though no supervisor is left to tell."""
+    conn.execute("""
+        CREATE FUNCTION is_read_fast(int) RETURNS bool LANGUAGE plpgsql AS
+            $$BEGIN IF current_setting('test.slow', true) = 'on' AND $1 = 50000 THEN PERFORM pg_sleep(60); END IF;
+            RETURN true; END$$;
+        CREATE DOMAIN slowly_read AS int CHECK (is_read_fast(VALUE));
+        CREATE TYPE row_slowly_read AS (n slowly_read)""")
+    handle = launch(session, "SELECT generate_series(1, 1000000)")
+    session.execute("SET test.slow = 'on'; SET statement_timeout = '2s'")
+    terminate_supervisor(conn)
+    size = server_log_size(cluster)
+    with sqlstate("57014"):
+        session.execute("SELECT pg_background_result_v2(%s, %s, NULL::row_slowly_read)", handle)
     session.execute("RESET statement_timeout")
     assert handle not in [(worker.pid, worker.cookie) for worker in listed(session)]
     wait_until(lambda: ended(conn, handle)[0] == "stopped", what="the end of a worker that nobody reads")
+    assert "Exception ignored" not in server_log(cluster, size)
+    conn.execute("DROP TYPE row_slowly_read; DROP DOMAIN slowly_read; DROP FUNCTION is_read_fast")
 
 
 # --- a worker's connection ------------------------------------------------------------------------

@@ -238,9 +238,9 @@ class Runtime:
         try:
             yield from self._relayed_batches(reading)
         finally:
-            if not reading.finished:
+            if not reading.finished:  # the statement that reads was cancelled, or has failed
                 self._reading.pop(pid, None)
-                self._registry.release(worker)
+                self._registry.release(worker, in_abort=True)
 
     def _relayed_batches(self, reading: Reading) -> Iterator[list[bytes]]:
         """Errors, a cancel among them, are kept for close_result: raised in here, they would show a traceback."""

@@ -89,8 +89,6 @@ class Control:
     def ensure(self) -> None:
         """Connect to the database's supervisor, which this starts where there is none."""
         if self._socket is not None and not self._moved:
-            if self._untold:
-                self._tell_untold()
             return
         connection = self._connection()
         self.leave_start()  # one that listens by now need not be waited for
@@ -102,19 +100,10 @@ class Control:
                 self._leave(old)
             if self.listener is not None:
                 self.listener.hand_over_again()
-            self._tell_untold()
+            self._try_to_send_late()
         except BaseException:
             self._drop()  # the next call does it all again
             raise
-
-    def _tell_untold(self) -> None:
-        untold, self._untold = self._untold, deque(maxlen=_MAX_UNTOLD)
-        try:
-            while untold:
-                self.tell(untold[0])
-                untold.popleft()
-        finally:
-            self._untold.extendleft(reversed(untold))
 
     def prepare(self) -> None:
         """Have a supervisor started where there is none, without waiting for it: ensure() does that."""
@@ -148,7 +137,7 @@ class Control:
             assert self._socket is not None
             unknown = about is not None and about.known_to_supervisor != self._connections
             try:
-                self._send_words()
+                self._send_late()
                 sockets = (about.connection.socket,) if about is not None and unknown else ()
                 messages.send(self._socket, message, *sockets, *files)
             except BlockingIOError:
@@ -182,24 +171,23 @@ class Control:
         """Send what only a supervisor that is there needs to know, without waiting: what does not fit goes later."""
         if self._socket is not None:
             self._words.append(message)
-            self._try_to_send_words()
+            self._try_to_send_late()
 
-    def _try_to_send_words(self) -> None:
-        """As many as fit."""
-        if self._untold:
-            return  # which must come before
+    def _try_to_send_late(self) -> None:
         try:
-            self._send_words()
+            self._send_late()
         except BlockingIOError:
-            pass  # with the next message
+            pass  # before the next message
         except OSError:
             self.hear()
             self._drop()
 
-    def _send_words(self) -> None:
-        while self._words and self._socket is not None:
-            messages.send(self._socket, self._words[0])
-            self._words.popleft()
+    def _send_late(self) -> None:
+        """What could not be sent before, while it fits. BlockingIOError, OSError."""
+        for messages_left in (self._untold, self._words):
+            while messages_left and self._socket is not None:
+                messages.send(self._socket, messages_left[0])
+                messages_left.popleft()
 
     def ask(self, kind: str, *arguments: Any, wait_for: WaitFor | None = None) -> Any:
         """Send a question and wait for its answer.
@@ -247,9 +235,8 @@ class Control:
 
     def hear(self) -> None:
         """Take in all news that has come, without waiting."""
-        if self._words and not self._untold:
-            with suppress(OSError):
-                self._send_words()
+        with suppress(OSError):
+            self._send_late()
         while self._socket is not None:
             try:
                 received = messages.receive(self._socket)

@@ -145,6 +145,8 @@ class Registry:
 
     def all(self) -> Iterator[Worker]:
         """The tracked workers, oldest first, each with its state brought up to date."""
+        if self.elsewhere:
+            self.control.replace_if_gone()
         self.control.hear()
         for worker in list(self.workers.values()):
             self.refresh(worker)
@@ -216,9 +218,13 @@ class Registry:
             self.require_membership(role_oid, pid)
             del self._let_go_unasked[pid, cookie or 0]
 
-    def release(self, worker: Worker, *, unasked: bool = False) -> None:
-        """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees."""
-        clean_up = worker.clean_up_behind() if not worker.ended and self.sessions.has_room() else None
+    def release(self, worker: Worker, *, unasked: bool = False, in_abort: bool = False) -> None:
+        """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees.
+
+        in_abort: of a transaction, in which no query can be run.
+        """
+        may_be_cleaned = not worker.ended and not in_abort and self.sessions.has_room()
+        clean_up = worker.clean_up_behind() if may_be_cleaned else None
         self.count_end(worker)
         self.workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None
@@ -230,7 +236,10 @@ class Registry:
         worker.backlog.clear()
         if not worker.ended:
             self.elsewhere[worker.key] = worker
-            worker.detach(clean_up)
+            if in_abort:
+                worker.abandon()
+            else:
+                worker.detach(clean_up)
         elif not worker.job.submitted:
             self.sessions.take_back(worker)
 

@@ -216,12 +216,17 @@ class Worker:
         try:
             self._control.tell([messages.DETACH, self.pid, self._clean_ups])
         except BaseException:  # a cancel
-            self._clean_ups = 0
-            self._control.leave_word([messages.DETACH, self.pid, 0])
+            self.abandon()
             raise
         if clean_up is not None:
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
                 self.session.queue_clean_up(clean_up)
+
+    def abandon(self) -> None:
+        """As detach, where nothing may be waited for, and no query run."""
+        self.detached = True
+        self._clean_ups = 0
+        self._control.leave_word([messages.DETACH, self.pid, 0])
 
     def tell_supervisor(self, *, again: bool = False) -> None:
         """Announce the job; the worker's socket goes with it if this supervisor has not got it yet.
