@@ -1,5 +1,16 @@
-# make demo | test | lint | bench | soak [MINUTES=60] | render | check | install [PG_CONFIG=...] | installcheck | deb | rpm | dist | clean
-# Every target first sees to what it needs (tools/bootstrap.sh), which is quick when all is there.
+# make demo               much of the extension, on a scratch server
+# make install            into a server; PG_CONFIG=... picks it, FORCE=1 replaces files that are not this extension's
+# make test               the test suite, on scratch servers; PYTEST_ARGS=...
+# make test-matrix        on PostgreSQL 17 and 18, in Debian systems that it bootstraps as root; MATRIX_ARGS=--ci: what CI runs
+# make test-packages      the .debs, installed in such systems (as root, with debootstrap, lintian and rpm)
+# make installcheck       pg_regress against a running server; DSN=...: the whole suite against that one
+# make soak               kill at random while much runs; MINUTES=60
+# make bench              measure, and write docs/benchmarks.md; BENCH_ARGS=...
+# make lint | format      ruff and mypy | ruff, which changes files
+# make render | check     write what is made of sql_templates/ and plpy/ | fail where it is stale
+# make deb | rpm | dist   packages for all versions of PostgreSQL, in dist/
+# make bootstrap          only what the others first see to (tools/bootstrap.sh); quick when all is there
+# make clean | distclean  remove what was built | the Python environment too
 
 PYTHON := .venv/bin/python
 # Root's rights are needed to install into a server, and by nothing else.
@@ -18,7 +29,7 @@ endif
 .PHONY: help bootstrap render check install test test-matrix installcheck deb rpm dist test-packages lint format bench soak demo clean distclean
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '/^# make /s/^# //p' Makefile
 
 bootstrap:
 	@sh tools/bootstrap.sh
@@ -47,11 +58,11 @@ endif
 deb rpm dist: check
 	$(PYTHON) build.py $@
 
-# Installs them in Debian systems that it bootstraps: as root, with debootstrap, lintian and rpm.
 # PostgreSQL 17 and 18 in bootstrapped Debian systems; MATRIX_ARGS=--ci is the part that CI runs.
 test-matrix: check
 	$(SUDO) $(PYTHON) tests/matrix.py $(MATRIX_ARGS)
 
+# Installs the packages in Debian systems that it bootstraps: as root, with debootstrap, lintian and rpm.
 test-packages: check
 	$(SUDO) $(PYTHON) -m pytest packages
 
