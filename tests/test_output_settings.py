@@ -312,3 +312,52 @@ def test_what_a_transaction_set_for_itself_ends_with_it(conn: Session) -> None:
         assert read(conn, handle, "d = '02.01.2024'", "d date") == [(True,)]
         assert conn.value("SHOW datestyle") == "German, DMY"
     assert conn.value("SHOW datestyle") == "ISO, MDY"
+
+
+@pytest.mark.parametrize(
+    "name, value", [("DateStyle", "German"), ("TimeZone", "Asia/Tokyo"), ("client_encoding", "LATIN1")]
+)
+def test_what_a_job_has_set_is_nothing_to_the_next_one(conn: Session, name: str, value: str) -> None:
+    """Also where the server tells its client of the setting, and the clean-up's answer does not come by libpq."""
+    conn.execute("SET DateStyle = 'SQL, DMY'")
+    for job in (f"SET {name} = '{value}'", "SELECT 1", f"SET {name} = '{value}'"):
+        conn.execute("SELECT pg_background_run_v2(%s)", (job,))
+        handle = launch(conn, "SELECT pg_backend_pid(), timestamptz '2024-02-01 03:04:05+00', 'é'::text")
+        ((pid, instant, text),) = read(
+            conn, handle, "p, extract(epoch FROM t)::int8, x", "p int, t timestamptz, x text"
+        )
+        assert (pid, instant, text) == (handle[0], 1706756645, "é")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SET client_encoding = 'LATIN1'; SELECT 'Ã©'::text",
+        "SELECT set_config('client_encoding', 'LATIN1', false), 'Ã©'::text",
+    ],
+)
+def test_text_in_another_encoding_is_refused(conn: Session, query: str) -> None:
+    with sqlstate("0A000") as raised:
+        conn.execute("SELECT pg_background_result_json_v2(%s, %s)", launch(conn, query))
+    assert "client_encoding" in str(raised.error)
+
+
+def test_numbers_are_the_same_in_each_encoding(conn: Session) -> None:
+    handle = launch(conn, "SET client_encoding = 'LATIN1'; SELECT 1.5, 2")
+    assert [str(value) for value in read(conn, handle, "*", "a numeric, b int")[0]] == ["1.5", "2"]
+    handle = launch(conn, "SET client_encoding = 'UTF8'; SELECT 'é'::text")
+    assert read(conn, handle, "*", "a text") == [("é",)]
+
+
+@pytest.mark.parametrize("zone", ["'europe/berlin'", "'utc'", "5", "INTERVAL '05:30' HOUR TO MINUTE"])
+def test_a_time_zone_has_not_changed_that_is_shown_by_another_name(conn: Session, zone: str) -> None:
+    conn.execute(f"SET DateStyle = 'SQL'; SET TIME ZONE {zone}")
+    handle = launch(conn, "SELECT timestamptz '2024-10-26 12:00+00'")
+    assert read(conn, handle, "extract(epoch FROM t)::int8", "t timestamptz") == [(1729944000,)]
+    assert conn.value("SHOW TimeZone")
+
+
+def test_abbreviated_zones_are_read_where_backslashes_escape(conn: Session) -> None:
+    conn.execute("SET DateStyle = 'Postgres'; SET standard_conforming_strings = off")
+    handle = launch(conn, "SELECT timestamptz '2024-10-26 12:00+00'")
+    assert read(conn, handle, "extract(epoch FROM t)::int8", "t timestamptz") == [(1729944000,)]

@@ -59,8 +59,10 @@ _TOUCHED_BY: dict[int, tuple[str, ...]] = {
 # A base type that was not there at initdb may print anything, but no names of other objects.
 _TOUCHES_UNKNOWN = tuple(name for name in NAMES if name != "search_path")
 
-# One row with all of NAMES, in their order.
-PROBE = b"SELECT " + b", ".join(b"pg_catalog.current_setting('%s')" % name.encode() for name in NAMES)
+_ENCODING = "client_encoding"  # which a job may change as well; all text depends on it
+_PROBED = (*NAMES, _ENCODING)
+# One row with all of _PROBED, in their order.
+PROBE = b"SELECT " + b", ".join(b"pg_catalog.current_setting('%s')" % name.encode() for name in _PROBED)
 # Where the worker looks for a name without a schema; and whether it has temporary objects, which nobody else can name.
 _SCHEMAS_PROBE = (
     b"SELECT pg_catalog.array_to_string(ARRAY(SELECT pg_catalog.quote_ident(s.name::pg_catalog.text)"
@@ -148,11 +150,11 @@ class ReaderSettings:
 
     def hold(self, wanted: Mapping[str, str]) -> bool:
         """Whether these are this session's already."""
-        return all(self._server.required_setting(name) == value for name, value in wanted.items())
+        return all(self._server.shown_setting(name) == value for name, value in wanted.items())
 
     def take_on(self, wanted: Mapping[str, str]) -> dict[str, str]:
         """Set these for the rest of the transaction; what was there before, to be put back."""
-        before = {name: self._server.required_setting(name) for name in wanted}
+        before = {name: self._server.shown_setting(name) for name in wanted}
         changed = {name: before[name] for name, value in wanted.items() if before[name] != value}
         self._set({name: wanted[name] for name in changed})
         return changed
@@ -257,7 +259,23 @@ def with_schemas(
 
 def settings_of(server: Server, row: PGresult) -> dict[str, str]:
     """The answer to PROBE."""
-    return {name: server.decode(row.get_value(0, place) or b"") for place, name in enumerate(NAMES)}
+    return {name: server.decode(row.get_value(0, place) or b"") for place, name in enumerate(_PROBED)}
+
+
+def refuse_encoding(columns: Iterable[Column], session: WorkerSession, ended: Mapping[str, str]) -> None:
+    """0A000 when a job has ended under another client_encoding than it began with, and has returned text.
+
+    ended: what its probe said, if it had one.
+    """
+    encoding = session.encoding
+    now = session.connection.parameter_status(_ENCODING.encode()) or b""
+    changed = {now.decode("ascii"), ended.get(_ENCODING, encoding)} - {encoding}
+    if changed and any(column.type_oid not in PLAIN_TYPES or not column.name.isascii() for column in columns):
+        raise _unreadable(
+            "the background worker changed client_encoding, on which its result depends",
+            f'It was "{encoding}" and became "{changed.pop()}".',
+            "Leave client_encoding to the extension: results arrive in the encoding of the database.",
+        )
 
 
 def _is_iso(settings: Mapping[str, str]) -> bool:

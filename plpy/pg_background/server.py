@@ -53,6 +53,8 @@ class Server:
         self.caller: Callable[[], int] = backend.GetUserId
         self._get_config_option = backend.GetConfigOption
         self._get_config_option.restype = ctypes.c_char_p
+        self._show_time_zone = backend.show_timezone
+        self._show_time_zone.restype = ctypes.c_char_p
         self._get_reset_value = backend.GetConfigOptionResetString
         self._get_reset_value.restype = ctypes.c_char_p
         self._estimate_guc_state = backend.EstimateGUCStateSpace
@@ -84,6 +86,10 @@ class Server:
         if value is None:
             raise BackgroundError(Report(INTERNAL_ERROR, f'the server has no setting "{name}"'))
         return value
+
+    def shown_setting(self, name: str) -> str:
+        """A setting that every server has, as SHOW has it: of a time zone, which is kept as it was written, its name."""
+        return self.decode(self._show_time_zone()) if name == "TimeZone" else self.required_setting(name)
 
     def is_placeholder(self, name: bytes) -> bool:
         """Whether a setting is a custom one that no library has defined."""

@@ -104,6 +104,7 @@ class WorkerSession:
         self.role_oid = role_oid
         self.pid = connection.backend_pid
         self.process_start = process_start(self.pid)
+        self.encoding = (connection.parameter_status(b"client_encoding") or b"").decode("ascii")
         self.inherited = Inherited(b"", (), b"")
         self.guc_state = b""
         self.known_to_supervisor = 0  # the number of the control connection over which it was handed over
@@ -306,30 +307,34 @@ class WorkerSession:
         libpq cannot be told that a query is over. So it reads an empty query's answer, from another socket that takes
         the connection's place for that moment.
         """
-        if not self._out_of_step:
-            return True
+        if self._out_of_step and self._has_libpq_read(wire.EMPTY_ANSWER):
+            self._out_of_step = False
+        return not self._out_of_step
+
+    def _has_libpq_read(self, packet: bytes) -> bool:
+        """Have libpq take in what it has not read itself, and be idle then.
+
+        It reads that from another socket, which takes the connection's place for that moment.
+        """
+        descriptor = self.connection.socket
         try:
-            self._read_empty_answer()
+            here, there = socket.socketpair()
+            with here, there:
+                kept = os.dup(descriptor)
+                try:
+                    os.dup2(there.fileno(), descriptor, inheritable=False)
+                    here.send(packet)
+                    self.connection.consume_input()
+                    while self.connection.is_busy():
+                        self.connection.consume_input()
+                    while self.connection.get_result() is not None:
+                        pass
+                finally:
+                    os.dup2(kept, descriptor, inheritable=False)
+                    os.close(kept)
         except Exception:  # noqa: BLE001 - no descriptor is left (OSError), libpq gave it up (psycopg.OperationalError)
             return False
-        self._out_of_step = False
         return self.is_idle
-
-    def _read_empty_answer(self) -> None:
-        descriptor = self.connection.socket
-        here, there = socket.socketpair()
-        with here, there:
-            kept = os.dup(descriptor)
-            try:
-                os.dup2(there.fileno(), descriptor, inheritable=False)
-                here.send(wire.EMPTY_ANSWER)
-                while self.connection.is_busy():
-                    self.connection.consume_input()
-                while self.connection.get_result() is not None:
-                    pass
-            finally:
-                os.dup2(kept, descriptor, inheritable=False)
-                os.close(kept)
 
     @property
     def is_clean_up_done(self) -> bool:
@@ -362,8 +367,15 @@ class WorkerSession:
             if answer.error:
                 return False
         clean = not unread and self._is_clean_answer(answer)
-        self._proven_answer = all_read if clean else b""
-        return clean
+        reports = wire.reports_in(all_read)
+        self._proven_answer = all_read if clean and not reports else b""
+        return clean and self._has_libpq_heard(reports)
+
+    def _has_libpq_heard(self, reports: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Tell libpq, which has not read the answer, what has become of settings."""
+        if all(self.connection.parameter_status(name) == value for name, value in dict(reports).items()):
+            return True
+        return self._has_libpq_read(b"".join([wire.report_message(*report) for report in reports]))
 
     def _read_some(self, deadline: float | None) -> bytes:
         """What the worker has sent past libpq; empty when the connection has ended, or at the deadline."""

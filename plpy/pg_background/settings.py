@@ -127,7 +127,7 @@ class Configurations:
                 value(self._server, POOL_IDLE_TIMEOUT),
                 value(self._server, HISTORY),
                 self._server.setting("standard_conforming_strings") == "on",
-                self._inherited({name: self._server.required_setting(name) for name in self._output_names}),
+                self._inherited({name: self._server.shown_setting(name) for name in self._output_names}),
             )
         return self._last
 

@@ -145,6 +145,20 @@ def parse(window: bytes, answer: Answer) -> Position:
     return Position(position if verdict is None else verdict, 0)
 
 
+def reports_in(answers: bytes) -> list[tuple[bytes, bytes]]:
+    """Names and new values of settings in the ParameterStatus messages of whole answers, in their order."""
+    if b"S\0\0" not in answers:
+        return []
+    bodies = [body for kind, body in _messages(answers, 0) or () if kind == b"S"]
+    return [(name, value) for name, value, _ in (body.split(b"\0") for body in bodies)]
+
+
+def report_message(name: bytes, value: bytes) -> bytes:
+    """A ParameterStatus."""
+    body = name + b"\0" + value + b"\0"
+    return b"S" + struct.pack("!I", len(body) + 4) + body
+
+
 def last_answer(
     tail: bytes, groups_after: int = 0, tags_after: int = 0, tags_of_commit: int | None = None
 ) -> Answer | None:

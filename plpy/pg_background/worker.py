@@ -506,10 +506,18 @@ class Worker:
             self._control.hear()  # of a cancel that another session asked for
             self.error = self._explained(self.error)
         stopped = self.error is None
+        if stopped and self.columns and self.unreadable is None:
+            self._check_encoding()
         self._set_ended(State.STOPPED if stopped else State.CANCELED if self._was_canceled() else State.ERROR)
         self.changes = self._changes()
         finished = [messages.FINISHED, self.key, self.changes, time.monotonic_ns()]
         self._control.report_end(finished, self._announced_on, self._ended_row)
+
+    def _check_encoding(self) -> None:
+        try:
+            output_settings.refuse_encoding(self.columns or (), self.session, self._ended_settings or {})
+        except BackgroundError as error:
+            self.unreadable = error.report
 
     def _ended_row(self) -> dict[str, Any]:
         ended_at = self.launched_at + timedelta(milliseconds=self.elapsed_ms)
