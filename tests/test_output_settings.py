@@ -315,7 +315,7 @@ def test_what_a_transaction_set_for_itself_ends_with_it(conn: Session) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, value", [("DateStyle", "German"), ("TimeZone", "Asia/Tokyo"), ("client_encoding", "LATIN1")]
+    ("name", "value"), [("DateStyle", "German"), ("TimeZone", "Asia/Tokyo"), ("client_encoding", "LATIN1")]
 )
 def test_what_a_job_has_set_is_nothing_to_the_next_one(conn: Session, name: str, value: str) -> None:
     """Also where the server tells its client of the setting, and the clean-up's answer does not come by libpq."""

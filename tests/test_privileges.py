@@ -287,6 +287,15 @@ def test_drop_executor_role_and_the_way_back(own_conn: Session) -> None:
     assert own_conn.value(_qualified(RUN_V2)) == 7
 
 
+def test_drop_executor_role_after_the_extension_has_moved(own_conn: Session) -> None:
+    own_conn.execute("DROP EXTENSION pg_background; CREATE SCHEMA one; CREATE SCHEMA two")
+    own_conn.execute("CREATE EXTENSION pg_background SCHEMA one")
+    own_conn.execute("ALTER EXTENSION pg_background SET SCHEMA two")
+    own_conn.execute("GRANT USAGE ON SCHEMA two TO pgbackground_role")
+    own_conn.execute("SELECT two.pg_background_drop_executor_role()")
+    assert own_conn.rows("SELECT FROM pg_roles WHERE rolname = 'pgbackground_role'") == []
+
+
 def test_drop_extension_leaves_two_roles_that_own_nothing(own_conn: Session) -> None:
     own_conn.execute("CREATE SCHEMA leftover_check")
     assert own_conn.value(_qualified(RUN_V2)) == 7

@@ -88,7 +88,7 @@ class Server:
         return value
 
     def shown_setting(self, name: str) -> str:
-        """A setting that every server has, as SHOW has it: of a time zone, which is kept as it was written, its name."""
+        """A setting that every server has, as SHOW has it: a time zone is kept as it was written, but has a name."""
         return self.decode(self._show_time_zone()) if name == "TimeZone" else self.required_setting(name)
 
     def is_placeholder(self, name: bytes) -> bool:
