@@ -329,6 +329,21 @@ def test_changed_settings_of_the_launcher_reach_a_kept_session(alice: Session) -
     assert run(alice, "SELECT current_setting('work_mem'), pg_backend_pid()", "v text, pid int") == [(default, before)]
 
 
+@pytest.mark.parametrize("who", ["an ordinary role", "the login role"])
+def test_a_job_sees_nothing_of_the_workers_that_an_earlier_one_launched(
+    alice: Session, conn: Session, who: str
+) -> None:
+    session = alice if who == "an ordinary role" else conn
+    nested = "SELECT (pg_background_launch_v2('SELECT 1')).pid, (pg_background_submit_v2('SELECT pg_sleep(0.1)')).pid"
+    listing = "SELECT l::text FROM pg_background_list_v2() AS l(pid int, cookie bigint, launched_at timestamptz,"
+    listing += " user_id oid, queue_size int, state text, sql_preview text, last_error text, consumed bool)"
+    counts = "SELECT workers_launched, workers_completed, workers_failed FROM pg_background_stats_v2()"
+    for _ in range(20):  # more than a session may track
+        run(session, nested, "one int, two int")
+        assert run(session, listing, "worker text") == []
+        assert run(session, counts, "launched bigint, completed bigint, failed bigint") == [(0, 0, 0)]
+
+
 # --- what an earlier job leaves behind: nothing ---------------------------------------------------
 
 

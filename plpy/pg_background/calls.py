@@ -78,6 +78,12 @@ class Runtime:
         """Let all workers go on to their ends; another runtime takes over."""
         self._registry.retire()
 
+    def begin_anew(self) -> None:
+        """This session is a worker's, and its job has ended: the next one is to see nothing of what it launched."""
+        self._reading.clear()
+        self.__dict__.pop("_beyond", None)
+        self._registry.begin_anew()
+
     @reply
     def further(self, call: str, *arguments: Any) -> str:
         """A call that version 1.8 does not have: the method of Beyond with that name."""
@@ -240,7 +246,7 @@ class Runtime:
         finally:
             if not reading.finished:  # the statement that reads was cancelled, or has failed
                 self._reading.pop(pid, None)
-                self._registry.release(worker, in_abort=True)
+                self._registry.release(worker, at_once=True)
 
     def _relayed_batches(self, reading: Reading) -> Iterator[list[bytes]]:
         """Errors, a cancel among them, are kept for close_result: raised in here, they would show a traceback."""

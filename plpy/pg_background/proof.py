@@ -25,7 +25,8 @@ class Runtime:
     """What _pg_background_proof needs, in one backend."""
 
     def __init__(self, plpy: Any, memory: dict[str, Any], key: str, read_module: Callable[[str], Module]) -> None:
-        del memory, key, read_module
+        del key, read_module
+        self._runtimes: dict[Any, Any] = memory["runtimes"]
         self._plpy = plpy
         self._server = server = ctypes.PyDLL(None)
         for name in ("GetAuthenticatedUserId", "GetSessionUserId", "GetUserId"):
@@ -44,11 +45,16 @@ class Runtime:
     def retire(self) -> None:
         """Nothing is held."""
 
+    def begin_anew(self) -> None:
+        """Nothing is remembered of a job."""
+
     def of(self, idle_timeout_ms: int) -> str:
         """Oids of the authenticated, the session and the current user; is_superuser; how many settings are hidden.
 
         From now on this session ends itself when it was idle for so long; 0: never.
         """
+        for runtime in self._runtimes.values():
+            runtime.begin_anew()
         server = self._server
         self._set_idle_timeout(idle_timeout_ms)
         is_superuser = server.GetConfigOption(*self._is_superuser)

@@ -59,6 +59,9 @@ class Registry:
         self.released: deque[Released] = deque(maxlen=_REMEMBERED)
         self._let_go_unasked: dict[tuple[int, int], int] = {}  # roles of submitted workers, by handle
         self.on_commit: OnCommit | None = None  # once there were jobs that wait for a commit
+        self._start_counting()
+
+    def _start_counting(self) -> None:
         self.counts = dict.fromkeys(State, 0)
         self.launched = 0
         self._elapsed_ms = 0.0
@@ -218,12 +221,12 @@ class Registry:
             self.require_membership(role_oid, pid)
             del self._let_go_unasked[pid, cookie or 0]
 
-    def release(self, worker: Worker, *, unasked: bool = False, in_abort: bool = False) -> None:
+    def release(self, worker: Worker, *, unasked: bool = False, at_once: bool = False) -> None:
         """Stop tracking a worker. If it still runs, it goes on to its end, which the supervisor sees.
 
-        in_abort: of a transaction, in which no query can be run.
+        at_once: where no query can be run, and nothing be waited for.
         """
-        may_be_cleaned = not worker.ended and not in_abort and self.sessions.has_room()
+        may_be_cleaned = not worker.ended and not at_once and self.sessions.has_room()
         clean_up = worker.clean_up_behind() if may_be_cleaned else None
         self.count_end(worker)
         self.workers.pop(worker.pid, None)
@@ -236,12 +239,22 @@ class Registry:
         worker.backlog.clear()
         if not worker.ended:
             self.elsewhere[worker.key] = worker
-            if in_abort:
+            if at_once:
                 worker.abandon()
             else:
                 worker.detach(clean_up)
         elif not worker.job.submitted:
             self.sessions.take_back(worker)
+
+    def begin_anew(self) -> None:
+        """Let all workers go, without waiting, and forget them; idle sessions are kept."""
+        for worker in list(self.workers.values()):
+            self.release(worker, at_once=True)
+        for worker in self.elsewhere.values():
+            worker.counted = True
+        self.released.clear()
+        self._let_go_unasked.clear()
+        self._start_counting()
 
     def retire(self) -> None:
         """Let all workers go on to their ends; another runtime takes over."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
-from . import switch, wire
+from . import settings, switch, wire
 from .errors import (
     CONNECTION_FAILURE,
     INTERNAL_ERROR,
@@ -58,6 +58,13 @@ _PROOF = "_pg_background_proof"
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
 _FORGET_IDLE_TIMEOUT = b"; RESET idle_session_timeout"  # of one that was begun ahead
 _WHO_AM_I = b"CURRENT_USER, SESSION_USER, pg_catalog.current_setting('is_superuser')"
+# After a job. All settings of this extension have values where it was used to launch: then a fresh session takes its
+# place, as no query can make a launcher forget its workers. (Where they all are configured, none is kept.)
+_WHO_AM_I_STILL = (
+    b"CURRENT_USER, SESSION_USER, CASE pg_catalog.num_nulls(%s)"
+    % b", ".join([b"pg_catalog.current_setting('%s', true)" % definition.name.encode() for definition in settings.ALL])
+    + b" WHEN 0 THEN 'launcher' ELSE pg_catalog.current_setting('is_superuser') END"
+)
 
 
 def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -> Report:
@@ -280,8 +287,9 @@ class WorkerSession:
                 parts += [wire.query_message(assign)] if assign else []
                 parts.append(wire.call_message(self._proof_oid, b"%d" % idle_timeout_ms))
             else:
-                settings = b"SET idle_session_timeout = %d; " % idle_timeout_ms + (assign + b"; " if assign else b"")
-                parts.append(wire.query_message(settings + b"SELECT " + _WHO_AM_I))
+                timeout = b"SET idle_session_timeout = %d; " % idle_timeout_ms
+                assignment = assign + b"; " if assign else b""
+                parts.append(wire.query_message(timeout + assignment + b"SELECT " + _WHO_AM_I_STILL))
             self._clean_up = CleanUp(idle_timeout_ms, b"".join(parts), len(parts))
         return self._clean_up
 
