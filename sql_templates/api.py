@@ -374,8 +374,8 @@ API: tuple[Function, ...] = (
         "pg_background_full_sql_v2",
         _HANDLE,
         "text",
-        "The whole SQL of a worker that this session launched (of one that it let go long ago, or that another session"
-        " launched, the first 120 characters, which are what the views show). Raises 42704, 55000 or 42501 for a wrong"
+        "The whole SQL of a worker that this session tracks or has let go (the last 200, up to 50,000 characters); of"
+        " any other the first 120 characters, which are what the views show. Raises 42704, 55000 or 42501 for a wrong"
         " handle.",
         "v2",
         OBSERVE,

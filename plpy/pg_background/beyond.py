@@ -28,7 +28,7 @@ from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .calls import Runtime
-    from .registry import Registry
+    from .registry import Registry, Released
     from .server import Server
     from .settings import Configurations
 
@@ -286,7 +286,8 @@ class Beyond:
         if worker is not None:
             return "=" + worker.job.sql
         row = self._runtime.row_elsewhere(*handle)
-        kept = next((old.sql for old in self._registry.released if (old.pid, old.cookie) == handle), None)
+        released = self._released(handle)
+        kept = released.sql if released is not None else None
         return "=" + (kept or str(row["sql_preview"]))
 
     def _row(self, handle: Handle) -> Row:
@@ -296,9 +297,14 @@ class Beyond:
             self._registry.refresh(worker)
             return _row_of(worker)
         row = self._runtime.row_elsewhere(*handle)
-        if any(old.consumed for old in self._registry.released if (old.pid, old.cookie) == handle):
+        released = self._released(handle)
+        if released is not None and released.consumed:
             row["consumed"] = True
         return row
+
+    def _released(self, handle: Handle) -> Released | None:
+        """What this session still knows of a worker that it has let go: the latest, as those of version 1 share one."""
+        return next((old for old in reversed(self._registry.released) if (old.pid, old.cookie) == handle), None)
 
     def _tracked(self, handle: Handle) -> Worker | None:
         """The worker if this session tracks it; None if others know of it. 55000 if nobody does, but of its pid."""
