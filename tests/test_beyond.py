@@ -368,6 +368,16 @@ def test_wait_any_of_none(alice: Session) -> None:
     assert alice.value("SELECT pg_background_wait_any_v2(NULL)") is None
 
 
+@pytest.mark.parametrize("call", ["wait_any_v2", "drain_v2"])
+@pytest.mark.parametrize("rows", ["ARRAY[{0}], ARRAY[{0}]", "ARRAY[NULL, {0}]"])
+def test_handles_of_two_dimensions_are_refused(alice: Session, call: str, rows: str) -> None:
+    handle = launch(alice, "SELECT 1")
+    handles = rows.format(f"ROW({handle.pid}, {handle.cookie})::pg_background_handle")
+    with sqlstate("22023", "dimension"):
+        alice.execute(f"SELECT pg_background_{call}(ARRAY[{handles}])")
+    assert result(alice, handle, "n int") == [(1,)]
+
+
 def test_wait_any_reads_chatty_workers(alice: Session) -> None:
     handles = [launch(alice, "SELECT repeat('x', 1000) FROM generate_series(1, 5000) g", 64) for _ in range(3)]
     for _ in range(3):

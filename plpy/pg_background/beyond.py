@@ -103,11 +103,7 @@ class Beyond:
         """The values as bytes of the database's encoding. 22023 for an array of several dimensions."""
         if params is None:
             return None
-        if any(isinstance(value, list) for value in params):
-            raise background_error(
-                INVALID_PARAMETER_VALUE,
-                "the parameters of a background worker must be an array of one dimension",
-            )
+        _require_one_dimension(params, "the parameters of a background worker")
         if len(params) > _MAX_PARAMETERS:
             raise background_error(
                 INVALID_PARAMETER_VALUE,
@@ -442,8 +438,15 @@ def _deadline(timeout_ms: int | None) -> float | None:
     return time.monotonic() + clamp(timeout_ms, MAX_TIMEOUT_MS) / 1000
 
 
-def _given_handles(handles: Iterable[Row | None]) -> list[Handle]:
-    """Those that are not null."""
+def _require_one_dimension(array: Iterable[object], what: str) -> None:
+    """22023 for an array of several dimensions, which comes as lists in a list."""
+    if any(isinstance(element, list) for element in array):
+        raise background_error(INVALID_PARAMETER_VALUE, f"{what} must be an array of one dimension")
+
+
+def _given_handles(handles: Sequence[Row | None]) -> list[Handle]:
+    """Those that are not null. 22023 for an array of several dimensions."""
+    _require_one_dimension(handles, "the handles of background workers")
     return [
         Handle(handle["pid"], handle["cookie"])
         for handle in handles
