@@ -12118,22 +12118,207 @@ BEGIN
                    'pg_background_progress',
                    'pg_background_get_progress_v2',
                    'pg_background_check',
-                   '_pg_background_raise',
-                   '_pg_background_checked',
                    '_pg_background_refused',
                    '_pg_background_launch',
                    '_pg_background_start',
-                   '_pg_background_launch_v1',
                    '_pg_background_submit',
+                   '_pg_background_wait',
+                   '_pg_background_cancel',
+                   '_pg_background_progress',
+                   '_pg_background_list',
+                   '_pg_background_stats',
+                   '_pg_background_mark',
+                   '_pg_background_has_committed',
+                   '_pg_background_defer',
+                   '_pg_background_run',
+                   '_pg_background_run_query',
+                   '_pg_background_abandon',
+                   '_pg_background_reported',
+                   '_pg_background_told',
+                   '_pg_background_open_as',
+                   '_pg_background_wait_any',
+                   '_pg_background_drain',
+                   '_pg_background_take',
+                   '_pg_background_check',
+                   '_pg_background_cancel_by_label',
+                   '_pg_background_raise',
+                   '_pg_background_checked',
                    '_pg_background_open_result',
                    '_pg_background_batches',
                    '_pg_background_close_result',
                    '_pg_background_taken',
-                   '_pg_background_wait',
                    '_pg_background_detach',
+                   '_pg_background_proof',
+                   '_pg_background_module___init__',
+                   '_pg_background_module_after_commit',
+                   '_pg_background_module_answers',
+                   '_pg_background_module_backlog',
+                   '_pg_background_module_beyond',
+                   '_pg_background_module_bootstrap',
+                   '_pg_background_module_calls',
+                   '_pg_background_module_control',
+                   '_pg_background_module_deadlock',
+                   '_pg_background_module_deferral',
+                   '_pg_background_module_endings',
+                   '_pg_background_module_errors',
+                   '_pg_background_module_guc_state',
+                   '_pg_background_module_inheritance',
+                   '_pg_background_module_jobs',
+                   '_pg_background_module_ledger',
+                   '_pg_background_module_lexer',
+                   '_pg_background_module_loopback',
+                   '_pg_background_module_messages',
+                   '_pg_background_module_on_commit',
+                   '_pg_background_module_outcomes',
+                   '_pg_background_module_output_settings',
+                   '_pg_background_module_pool',
+                   '_pg_background_module_process',
+                   '_pg_background_module_progress',
+                   '_pg_background_module_proof',
+                   '_pg_background_module_questions',
+                   '_pg_background_module_registry',
+                   '_pg_background_module_reports',
+                   '_pg_background_module_results',
+                   '_pg_background_module_row_types',
+                   '_pg_background_module_selfcheck',
+                   '_pg_background_module_server',
+                   '_pg_background_module_session',
+                   '_pg_background_module_sessions',
+                   '_pg_background_module_settings',
+                   '_pg_background_module_sockets',
+                   '_pg_background_module_starter',
+                   '_pg_background_module_stops',
+                   '_pg_background_module_store',
+                   '_pg_background_module_supervised',
+                   '_pg_background_module_supervisor',
+                   '_pg_background_module_supervisor_main',
+                   '_pg_background_module_switch',
+                   '_pg_background_module_units',
+                   '_pg_background_module_wire',
+                   '_pg_background_module_worker'
+                   ]::pg_catalog.name[])
+                   OR include_v1 AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch',
+                   'pg_background_result',
+                   'pg_background_detach',
+                   '_pg_background_launch_v1'
+                   ]::pg_catalog.name[]))
+        )
+        SELECT pg_catalog.format('GRANT %s %s TO %I', p.what, p.name, role_name)
+        FROM privilege p
+        ORDER BY p.position, p.name
+    LOOP
+        IF print_commands THEN
+            RAISE NOTICE '%', command;
+        END IF;
+        EXECUTE command;
+    END LOOP;
+    RETURN true;
+END;
+$$;
+CREATE FUNCTION revoke_pg_background_privileges(role_name text, include_v1 boolean DEFAULT true, print_commands boolean DEFAULT false)
+RETURNS boolean
+VOLATILE STRICT PARALLEL UNSAFE
+LANGUAGE plpgsql
+SET search_path = pg_catalog, pg_temp
+AS $$
+DECLARE
+    command pg_catalog.text;
+    keeps_v1 pg_catalog.bool := NOT include_v1 AND EXISTS (
+        SELECT
+        FROM pg_catalog.pg_extension e
+        JOIN pg_catalog.pg_depend d
+          ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
+         AND d.refobjid OPERATOR(pg_catalog.=) e.oid
+         AND d.deptype OPERATOR(pg_catalog.=) 'e'
+         AND e.extname OPERATOR(pg_catalog.=) 'pg_background'
+         AND d.classid OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass::pg_catalog.oid
+        JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) d.objid
+         AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch',
+                   'pg_background_result',
+                   'pg_background_detach'
+                   ]::pg_catalog.name[]),
+        LATERAL pg_catalog.aclexplode(p.proacl) AS a
+        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) a.grantee
+         AND r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) role_name);
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles r
+                   WHERE r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) role_name) THEN
+        RAISE EXCEPTION 'role "%" does not exist', role_name USING ERRCODE = 'undefined_object';
+    END IF;
+    FOR command IN
+        WITH member AS (
+            SELECT d.classid::pg_catalog.regclass AS catalog, d.objid
+            FROM pg_catalog.pg_extension e
+            JOIN pg_catalog.pg_depend d
+              ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
+             AND d.refobjid OPERATOR(pg_catalog.=) e.oid
+             AND d.deptype OPERATOR(pg_catalog.=) 'e'
+             AND e.extname OPERATOR(pg_catalog.=) 'pg_background'
+        ), privilege AS (
+            SELECT 1 AS position, 'USAGE ON SCHEMA' AS what,
+                   e.extnamespace::pg_catalog.regnamespace::pg_catalog.text AS name
+            FROM pg_catalog.pg_extension e
+            WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
+              -- USAGE of the schema public is needed by more than this extension.
+              AND e.extnamespace OPERATOR(pg_catalog.<>) 2200::pg_catalog.oid
+              AND NOT keeps_v1
+            UNION ALL
+            SELECT 2, 'USAGE ON TYPE', m.objid::pg_catalog.regtype::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) m.objid
+            LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.typrelid
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass
+              -- Later releases count types of arrays and of tables' rows among the members.
+              AND t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
+              AND c.relkind OPERATOR(pg_catalog.=) 'c'
+            UNION ALL
+            SELECT 3, 'SELECT ON TABLE', m.objid::pg_catalog.regclass::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) m.objid
+             AND c.relkind OPERATOR(pg_catalog.=) 'v'
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass
+            UNION ALL
+            SELECT 4, 'EXECUTE ON FUNCTION', m.objid::pg_catalog.regprocedure::pg_catalog.text
+            FROM member m
+            JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.objid
+            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass
+              AND (p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
+                   'pg_background_launch_v2',
+                   'pg_background_submit_v2',
+                   'pg_background_submit_on_commit_v2',
+                   'pg_background_run_v2',
+                   'pg_background_result_v2',
+                   'pg_background_result_json_v2',
+                   'pg_background_run_query_v2',
+                   'pg_background_wait_v2',
+                   'pg_background_wait_v2_timeout',
+                   'pg_background_cancel_v2',
+                   'pg_background_cancel_v2_grace',
+                   'pg_background_detach_v2',
+                   'pg_background_wait_any_v2',
+                   'pg_background_drain_v2',
+                   'pg_background_cancel_all_v2',
+                   'pg_background_cancel_by_label_v2',
+                   'pg_background_detach_all_v2',
+                   'pg_background_purge_v2',
+                   'pg_background_outcome_v2',
+                   'pg_background_result_info_v2',
+                   'pg_background_error_info_v2',
+                   'pg_background_full_sql_v2',
+                   'pg_background_list_v2',
+                   'pg_background_stats_v2',
+                   'pg_background_progress',
+                   'pg_background_get_progress_v2',
+                   'pg_background_check',
+                   '_pg_background_refused',
+                   '_pg_background_launch',
+                   '_pg_background_start',
+                   '_pg_background_submit',
+                   '_pg_background_wait',
                    '_pg_background_cancel',
                    '_pg_background_progress',
-                   '_pg_background_proof',
                    '_pg_background_list',
                    '_pg_background_stats',
                    '_pg_background_mark',
@@ -12198,180 +12383,16 @@ BEGIN
                    '_pg_background_module_wire',
                    '_pg_background_module_worker'
                    ]::pg_catalog.name[])
-                   OR include_v1 AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
-                   'pg_background_launch',
-                   'pg_background_result',
-                   'pg_background_detach'
-                   ]::pg_catalog.name[]))
-        )
-        SELECT pg_catalog.format('GRANT %s %s TO %I', p.what, p.name, role_name)
-        FROM privilege p
-        ORDER BY p.position, p.name
-    LOOP
-        IF print_commands THEN
-            RAISE NOTICE '%', command;
-        END IF;
-        EXECUTE command;
-    END LOOP;
-    RETURN true;
-END;
-$$;
-CREATE FUNCTION revoke_pg_background_privileges(role_name text, include_v1 boolean DEFAULT true, print_commands boolean DEFAULT false)
-RETURNS boolean
-VOLATILE STRICT PARALLEL UNSAFE
-LANGUAGE plpgsql
-SET search_path = pg_catalog, pg_temp
-AS $$
-DECLARE
-    command pg_catalog.text;
-BEGIN
-    IF NOT EXISTS (SELECT FROM pg_catalog.pg_roles r
-                   WHERE r.rolname::pg_catalog.text OPERATOR(pg_catalog.=) role_name) THEN
-        RAISE EXCEPTION 'role "%" does not exist', role_name USING ERRCODE = 'undefined_object';
-    END IF;
-    FOR command IN
-        WITH member AS (
-            SELECT d.classid::pg_catalog.regclass AS catalog, d.objid
-            FROM pg_catalog.pg_extension e
-            JOIN pg_catalog.pg_depend d
-              ON d.refclassid OPERATOR(pg_catalog.=) 'pg_catalog.pg_extension'::pg_catalog.regclass::pg_catalog.oid
-             AND d.refobjid OPERATOR(pg_catalog.=) e.oid
-             AND d.deptype OPERATOR(pg_catalog.=) 'e'
-             AND e.extname OPERATOR(pg_catalog.=) 'pg_background'
-        ), privilege AS (
-            SELECT 1 AS position, 'USAGE ON SCHEMA' AS what,
-                   e.extnamespace::pg_catalog.regnamespace::pg_catalog.text AS name
-            FROM pg_catalog.pg_extension e
-            WHERE e.extname OPERATOR(pg_catalog.=) 'pg_background'
-              -- USAGE of the schema public is needed by more than this extension.
-              AND e.extnamespace OPERATOR(pg_catalog.<>) 2200::pg_catalog.oid
-            UNION ALL
-            SELECT 2, 'USAGE ON TYPE', m.objid::pg_catalog.regtype::pg_catalog.text
-            FROM member m
-            JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) m.objid
-            LEFT JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.typrelid
-            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_type'::pg_catalog.regclass
-              -- Later releases count types of arrays and of tables' rows among the members.
-              AND t.typelem OPERATOR(pg_catalog.=) 0::pg_catalog.oid
-              AND c.relkind OPERATOR(pg_catalog.=) 'c'
-            UNION ALL
-            SELECT 3, 'SELECT ON TABLE', m.objid::pg_catalog.regclass::pg_catalog.text
-            FROM member m
-            JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) m.objid
-             AND c.relkind OPERATOR(pg_catalog.=) 'v'
-            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_class'::pg_catalog.regclass
-            UNION ALL
-            SELECT 4, 'EXECUTE ON FUNCTION', m.objid::pg_catalog.regprocedure::pg_catalog.text
-            FROM member m
-            JOIN pg_catalog.pg_proc p ON p.oid OPERATOR(pg_catalog.=) m.objid
-            WHERE m.catalog OPERATOR(pg_catalog.=) 'pg_catalog.pg_proc'::pg_catalog.regclass
-              AND (p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
-                   'pg_background_launch_v2',
-                   'pg_background_submit_v2',
-                   'pg_background_submit_on_commit_v2',
-                   'pg_background_run_v2',
-                   'pg_background_result_v2',
-                   'pg_background_result_json_v2',
-                   'pg_background_run_query_v2',
-                   'pg_background_wait_v2',
-                   'pg_background_wait_v2_timeout',
-                   'pg_background_cancel_v2',
-                   'pg_background_cancel_v2_grace',
-                   'pg_background_detach_v2',
-                   'pg_background_wait_any_v2',
-                   'pg_background_drain_v2',
-                   'pg_background_cancel_all_v2',
-                   'pg_background_cancel_by_label_v2',
-                   'pg_background_detach_all_v2',
-                   'pg_background_purge_v2',
-                   'pg_background_outcome_v2',
-                   'pg_background_result_info_v2',
-                   'pg_background_error_info_v2',
-                   'pg_background_full_sql_v2',
-                   'pg_background_list_v2',
-                   'pg_background_stats_v2',
-                   'pg_background_progress',
-                   'pg_background_get_progress_v2',
-                   'pg_background_check',
+                   OR NOT keeps_v1 AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
                    '_pg_background_raise',
                    '_pg_background_checked',
-                   '_pg_background_refused',
-                   '_pg_background_launch',
-                   '_pg_background_start',
-                   '_pg_background_launch_v1',
-                   '_pg_background_submit',
                    '_pg_background_open_result',
                    '_pg_background_batches',
                    '_pg_background_close_result',
                    '_pg_background_taken',
-                   '_pg_background_wait',
                    '_pg_background_detach',
-                   '_pg_background_cancel',
-                   '_pg_background_progress',
                    '_pg_background_proof',
-                   '_pg_background_list',
-                   '_pg_background_stats',
-                   '_pg_background_mark',
-                   '_pg_background_has_committed',
-                   '_pg_background_defer',
-                   '_pg_background_run',
-                   '_pg_background_run_query',
-                   '_pg_background_abandon',
-                   '_pg_background_reported',
-                   '_pg_background_told',
-                   '_pg_background_open_as',
-                   '_pg_background_wait_any',
-                   '_pg_background_drain',
-                   '_pg_background_take',
-                   '_pg_background_check',
-                   '_pg_background_cancel_by_label',
-                   '_pg_background_module___init__',
-                   '_pg_background_module_after_commit',
-                   '_pg_background_module_answers',
-                   '_pg_background_module_backlog',
-                   '_pg_background_module_beyond',
-                   '_pg_background_module_bootstrap',
-                   '_pg_background_module_calls',
-                   '_pg_background_module_control',
-                   '_pg_background_module_deadlock',
-                   '_pg_background_module_deferral',
-                   '_pg_background_module_endings',
-                   '_pg_background_module_errors',
-                   '_pg_background_module_guc_state',
-                   '_pg_background_module_inheritance',
-                   '_pg_background_module_jobs',
-                   '_pg_background_module_ledger',
-                   '_pg_background_module_lexer',
-                   '_pg_background_module_loopback',
-                   '_pg_background_module_messages',
-                   '_pg_background_module_on_commit',
-                   '_pg_background_module_outcomes',
-                   '_pg_background_module_output_settings',
-                   '_pg_background_module_pool',
-                   '_pg_background_module_process',
-                   '_pg_background_module_progress',
-                   '_pg_background_module_proof',
-                   '_pg_background_module_questions',
-                   '_pg_background_module_registry',
-                   '_pg_background_module_reports',
-                   '_pg_background_module_results',
-                   '_pg_background_module_row_types',
-                   '_pg_background_module_selfcheck',
-                   '_pg_background_module_server',
-                   '_pg_background_module_session',
-                   '_pg_background_module_sessions',
-                   '_pg_background_module_settings',
-                   '_pg_background_module_sockets',
-                   '_pg_background_module_starter',
-                   '_pg_background_module_stops',
-                   '_pg_background_module_store',
-                   '_pg_background_module_supervised',
-                   '_pg_background_module_supervisor',
-                   '_pg_background_module_supervisor_main',
-                   '_pg_background_module_switch',
-                   '_pg_background_module_units',
-                   '_pg_background_module_wire',
-                   '_pg_background_module_worker'
+                   '_pg_background_launch_v1'
                    ]::pg_catalog.name[])
                    OR include_v1 AND p.proname OPERATOR(pg_catalog.=) ANY (ARRAY[
                    'pg_background_launch',
@@ -13049,7 +13070,7 @@ COMMENT ON FUNCTION grant_pg_background_privileges(text, boolean, boolean) IS
 
 REVOKE ALL ON FUNCTION revoke_pg_background_privileges(text, boolean, boolean) FROM PUBLIC;
 COMMENT ON FUNCTION revoke_pg_background_privileges(text, boolean, boolean) IS
-    'Takes back what grant_pg_background_privileges gave to a role. Raises 42704 for an unknown role.';
+    'Takes back what grant_pg_background_privileges gave to a role. Without include_v1 a role that has the version 1 functions keeps what they need. Raises 42704 for an unknown role.';
 
 REVOKE ALL ON FUNCTION pg_background_drop_executor_role() FROM PUBLIC;
 COMMENT ON FUNCTION pg_background_drop_executor_role() IS
