@@ -39,9 +39,7 @@ class Function(NamedTuple):
     version: str
     group: str
     role: bool = True
-    volatility: str = "VOLATILE"
     strict: bool = True
-    parallel: str = "UNSAFE"
 
     @property
     def signature(self) -> str:
@@ -57,7 +55,7 @@ class Function(NamedTuple):
     def create(self) -> str:
         """CREATE FUNCTION up to, and without, LANGUAGE."""
         on_null = "STRICT" if self.strict else "CALLED ON NULL INPUT"
-        flags = f"{self.volatility} {on_null} PARALLEL {self.parallel}"
+        flags = f"VOLATILE {on_null} PARALLEL UNSAFE"
         return f"CREATE FUNCTION {self.declaration}\nRETURNS {self.returns}\n{flags}"
 
 

@@ -46,7 +46,7 @@ _INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
 # psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
 _EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
-_FATAL_ERROR, _COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 7, 8, 9, 12
+_COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 8, 9, 12
 
 
 class State(enum.Enum):
