@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import psycopg
@@ -15,10 +16,12 @@ _SUPERVISOR = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pg_bac
 _DBLINK = "SELECT pid FROM dblink('kept', 'SELECT pg_backend_pid()') AS d(pid int)"
 _MANY_ROWS = 10_000_000
 
+Groups = tuple[list[int], list[int], list[int]]  # pids: calling backend, other backends, supervisors
 
-def _cpu_us(pids: list[int]) -> float:
-    """Processor time of these processes so far, by the kernel."""
-    return sum(int(Path(f"/proc/{pid}/schedstat").read_text("ascii").split()[0]) for pid in pids) / 1000
+
+def _cpu_us(pid: int) -> float:
+    """Processor time of a process so far, by the kernel."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text("ascii").split()[0]) / 1000
 
 
 def _pids(session: psycopg.Connection, query: str) -> list[int]:
@@ -37,19 +40,23 @@ def where_the_time_goes(server: ScratchServer) -> list[str]:
         "| autonomous transaction, µs of processor time | calling backend | other backend | supervisor | together |",
         "|---|---|---|---|---|",
     ]
-    with psycopg.connect(conninfo, autocommit=True) as session:
+    administrator = f"{conninfo} user=postgres"
+    with (
+        psycopg.connect(conninfo, autocommit=True) as session,
+        psycopg.connect(administrator, autocommit=True) as other,
+    ):
         session.execute("SELECT dblink_connect_u('kept', %s)", (conninfo,))
         session.execute("CALL pairs(200)")
-        with psycopg.connect(f"{conninfo} user=postgres", autocommit=True) as other:
-            ways = {
-                "launch and result": ("pairs", _pids(other, _WORKERS), _pids(other, _SUPERVISOR)),
-                "dblink_exec, open connection": ("dblink_open", _pids(session, _DBLINK), []),
-            }
-        for name, (procedure, others, supervisors) in ways.items():
-            groups = ([session.info.backend_pid], others, supervisors)
-            before = [_cpu_us(pids) for pids in groups]
+        calling = [session.info.backend_pid]
+        ways: dict[str, tuple[str, Callable[[], Groups]]] = {
+            "launch and result": ("pairs", lambda: (calling, _pids(other, _WORKERS), _pids(other, _SUPERVISOR))),
+            "dblink_exec, open connection": ("dblink_open", lambda: (calling, _pids(session, _DBLINK), [])),
+        }
+        for name, (procedure, groups) in ways.items():
+            before = {pid: _cpu_us(pid) for group in groups() for pid in group}
             session.execute(f"CALL {procedure}({_PAIRS})")
-            used = [(_cpu_us(pids) - start) / _PAIRS for pids, start in zip(groups, before)]
+            # Those that have started meanwhile, a second worker session for example, began with nothing.
+            used = [sum(_cpu_us(pid) - before.get(pid, 0) for pid in group) / _PAIRS for group in groups()]
             lines.append(f"| {name} | {' | '.join(f'{us:.0f}' for us in (*used, sum(used)))} |")
     return lines
 

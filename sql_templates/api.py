@@ -39,9 +39,7 @@ class Function(NamedTuple):
     version: str
     group: str
     role: bool = True
-    volatility: str = "VOLATILE"
     strict: bool = True
-    parallel: str = "UNSAFE"
 
     @property
     def signature(self) -> str:
@@ -57,20 +55,22 @@ class Function(NamedTuple):
     def create(self) -> str:
         """CREATE FUNCTION up to, and without, LANGUAGE."""
         on_null = "STRICT" if self.strict else "CALLED ON NULL INPUT"
-        flags = f"{self.volatility} {on_null} PARALLEL {self.parallel}"
+        flags = f"VOLATILE {on_null} PARALLEL UNSAFE"
         return f"CREATE FUNCTION {self.declaration}\nRETURNS {self.returns}\n{flags}"
 
 
 class Internal(NamedTuple):
     """A function of the extension's own, whose template says CREATE FUNCTION itself.
 
-    `granted`: the API runs with its caller's rights, so what it calls must be open to pgbackground_role.
+    `granted`: the API runs with its caller's rights, so what it calls must be open to pgbackground_role. `version`:
+    that of the functions that need it, "v1" or "v2"; "all" for both.
     """
 
     name: str
     argument_types: tuple[str, ...]
     comment: str
     granted: bool = True
+    version: str = "v2"
 
     @property
     def signature(self) -> str:
@@ -374,8 +374,8 @@ API: tuple[Function, ...] = (
         "pg_background_full_sql_v2",
         _HANDLE,
         "text",
-        "The whole SQL of a worker that this session launched (of one that it let go long ago, or that another session"
-        " launched, the first 120 characters, which are what the views show). Raises 42704, 55000 or 42501 for a wrong"
+        "The whole SQL of a worker that this session tracks or has let go (the last 200, up to 50,000 characters); of"
+        " any other the first 120 characters, which are what the views show. Raises 42704, 55000 or 42501 for a wrong"
         " handle.",
         "v2",
         OBSERVE,
@@ -465,7 +465,8 @@ API: tuple[Function, ...] = (
         "revoke_pg_background_privileges",
         _PRIVILEGES,
         "boolean",
-        "Takes back what grant_pg_background_privileges gave to a role. Raises 42704 for an unknown role.",
+        "Takes back what grant_pg_background_privileges gave to a role. Without include_v1 a role that has the version"
+        " 1 functions keeps what they need. Raises 42704 for an unknown role.",
         "admin",
         ADMIN,
         role=False,
@@ -483,8 +484,15 @@ API: tuple[Function, ...] = (
 )
 
 INTERNAL: tuple[Internal, ...] = (
-    Internal("_pg_background_raise", ("jsonb",), "raises the error that a report of the runtime describes."),
-    Internal("_pg_background_checked", ("text",), "passes a reply of the runtime on, or raises the error it reports."),
+    Internal(
+        "_pg_background_raise", ("jsonb",), "raises the error that a report of the runtime describes.", version="all"
+    ),
+    Internal(
+        "_pg_background_checked",
+        ("text",),
+        "passes a reply of the runtime on, or raises the error it reports.",
+        version="all",
+    ),
     Internal("_pg_background_refused", ("text",), "raises the error of a reply that is not NULL."),
     Internal("_pg_background_launch", ("text", "int4"), "starts a worker; reply: its handle."),
     Internal(
@@ -492,17 +500,38 @@ INTERNAL: tuple[Internal, ...] = (
         ("text", "int4", "text", "text[]", "bool"),
         "starts a worker with a label and parameters; reply: its handle.",
     ),
-    Internal("_pg_background_launch_v1", ("text", "int4"), "starts a worker with cookie 0; reply: its pid."),
+    Internal(
+        "_pg_background_launch_v1", ("text", "int4"), "starts a worker with cookie 0; reply: its pid.", version="v1"
+    ),
     Internal("_pg_background_submit", ("text", "int4"), "starts a worker that keeps no output; reply: its handle."),
-    Internal("_pg_background_open_result", ("int4", "int8"), "waits for rows; reply: the query that delivers them."),
-    Internal("_pg_background_batches", ("int4",), "batches of an opened result, a literal for each column."),
-    Internal("_pg_background_close_result", ("int4",), "ends the reading of a result; reply: nothing, or its error."),
-    Internal("_pg_background_taken", ("int4",), "lets a worker go whose whole result the calling query holds."),
+    Internal(
+        "_pg_background_open_result",
+        ("int4", "int8"),
+        "waits for rows; reply: the query that delivers them.",
+        version="all",
+    ),
+    Internal(
+        "_pg_background_batches", ("int4",), "batches of an opened result, a literal for each column.", version="all"
+    ),
+    Internal(
+        "_pg_background_close_result",
+        ("int4",),
+        "ends the reading of a result; reply: nothing, or its error.",
+        version="all",
+    ),
+    Internal(
+        "_pg_background_taken", ("int4",), "lets a worker go whose whole result the calling query holds.", version="all"
+    ),
     Internal("_pg_background_wait", ("int4", "int8", "int4"), "waits for a worker; reply: whether it has ended."),
-    Internal("_pg_background_detach", ("int4", "int8"), "stops tracking a worker."),
+    Internal("_pg_background_detach", ("int4", "int8"), "stops tracking a worker.", version="all"),
     Internal("_pg_background_cancel", ("int4", "int8", "int4"), "asks a worker to stop."),
     Internal("_pg_background_progress", ("int4", "text"), "sends a worker's progress to the supervisor."),
-    Internal("_pg_background_proof", ("int4",), "a worker session's users, and how many settings are hidden in it."),
+    Internal(
+        "_pg_background_proof",
+        ("int4",),
+        "a worker session's users, and how many settings are hidden in it.",
+        version="all",
+    ),
     Internal("_pg_background_list", (), "reply: this session's workers as JSON."),
     Internal("_pg_background_stats", (), "reply: this session's counts as JSON."),
     Internal("_pg_background_mark", ("oid",), "leaves a marker for a role's worker in the caller's transaction."),

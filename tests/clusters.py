@@ -195,6 +195,9 @@ bootstrap superuser has another name than the server's OS user."""
 class _Executor(PostgreSQLExecutor):
     """pytest-postgresql's executor; it knows the server to be up by its unix socket, as TCP may be off."""
 
+    environment: Mapping[str, str] = {}
+    """What the server's environment has beside the usual."""
+
     def _answers(self) -> bool:
         with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as probe:
             return probe.connect_ex(f"{self.unixsocketdir}/.s.PGSQL.{self.port}") == 0
@@ -210,7 +213,8 @@ class _Executor(PostgreSQLExecutor):
     def envvars(self) -> dict[str, str]:
         """The server's environment: without what would bend its Python or libpq to the tests' own."""
         foreign = re.compile(r"PYTHON|PYTEST|VIRTUAL_ENV|PG[A-Z]")
-        return {name: text for name, text in super().envvars.items() if not foreign.match(name)}
+        usual = {name: text for name, text in super().envvars.items() if not foreign.match(name)}
+        return {**usual, **self.environment}
 
 
 class _CopyExecutor(_Executor):
@@ -285,7 +289,13 @@ class Cluster:
         self._template: str | None = None
 
     @classmethod
-    def start_new(cls, setup: str, tag: str = "main", settings: Mapping[str, str] | None = None) -> Cluster:
+    def start_new(
+        cls,
+        setup: str,
+        tag: str = "main",
+        settings: Mapping[str, str] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> Cluster:
         """Makes and starts a scratch server of that set-up; `settings` go into its postgresql.conf."""
         chosen = SETUPS[setup]
         for attempt in range(1, _START_ATTEMPTS + 1):
@@ -293,6 +303,7 @@ class Cluster:
             executor = _make_executor(chosen, folder)
             try:
                 executor.init_directory()
+                executor.environment = environment or {}
                 _configure(executor, chosen, {**cls.settings_for_all, **(settings or {})})
                 executor.start()
             except ProcessExitedWithError as error:

@@ -242,11 +242,16 @@ def cluster(request: pytest.FixtureRequest, _clusters: Callable[[str], Cluster])
 
 @pytest.fixture
 def start_cluster(request: pytest.FixtureRequest) -> Iterator[Callable[..., Cluster]]:
-    """`start_cluster(setup="trust", settings={})`: a server for this test alone, to restart or to crash."""
+    """`start_cluster(setup="trust", settings={}, environment={})`: a server for this test alone, to restart, to crash.
+
+    environment: variables that its postmaster has beside the usual ones.
+    """
     started: list[Cluster] = []
 
-    def start(setup: str = "trust", settings: dict[str, str] | None = None) -> Cluster:
-        started.append(Cluster.start_new(setup, "own", settings))
+    def start(
+        setup: str = "trust", settings: dict[str, str] | None = None, environment: dict[str, str] | None = None
+    ) -> Cluster:
+        started.append(Cluster.start_new(setup, "own", settings, environment))
         return started[-1]
 
     yield start

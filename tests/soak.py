@@ -323,7 +323,7 @@ class Storm:
     """All of it; `run` gives the figures, `wrong` what was not as promised."""
 
     def __init__(self, cluster: Cluster, seconds: float, sessions: int = 50, seed: int = 1) -> None:
-        self.cluster, self._seconds, self._seed = cluster, seconds, seed
+        self.cluster, self._seconds = cluster, seconds
         self.stopping = threading.Event()
         self.numbers = itertools.count(1)
         self._chance = random.Random(seed)

@@ -297,6 +297,31 @@ def test_the_whole_sql(alice: Session, connect: Callable[..., Session]) -> None:
     detach(alice, handle)
 
 
+def test_long_sql_is_not_kept_beyond_its_release(alice: Session) -> None:
+    query = "SELECT 1 -- " + "\u00e9" * 50_000
+    handle = launch(alice, query)
+    assert alice.value("SELECT pg_background_full_sql_v2(%s, %s)", handle) == query
+    detach(alice, handle)
+    assert alice.value("SELECT pg_background_full_sql_v2(%s, %s)", handle) == query[:120]
+
+
+def test_a_v1_handle_means_the_latest_worker_of_its_pid(alice: Session) -> None:
+    def launch_v1(query: str) -> Handle:
+        return Handle(alice.value("SELECT pg_background_launch(%s)", (query,)), 0)
+
+    first = launch_v1("SELECT 1")
+    assert result(alice, first, "n int") == [(1,)]
+    assert outcome(alice, first)["consumed"] is True
+    second = launch_v1("SELECT 2")
+    wait(alice, second)
+    detach(alice, second)
+    third = launch_v1("SELECT 3")
+    assert first == second == third
+    detach(alice, third)
+    assert alice.value("SELECT pg_background_full_sql_v2(%s, %s)", third) == "SELECT 3"
+    assert outcome(alice, third)["consumed"] is False
+
+
 INFORMED = ("result_info_v2(%s, %s)", "error_info_v2(%s, %s)", "full_sql_v2(%s, %s)")
 
 
@@ -341,6 +366,16 @@ def test_wait_any_of_none(alice: Session) -> None:
     nulls = "ARRAY[NULL, (NULL, 1), (1, NULL)]::pg_background_handle[]"
     assert alice.value(f"SELECT pg_background_wait_any_v2({nulls})") is None
     assert alice.value("SELECT pg_background_wait_any_v2(NULL)") is None
+
+
+@pytest.mark.parametrize("call", ["wait_any_v2", "drain_v2"])
+@pytest.mark.parametrize("rows", ["ARRAY[{0}], ARRAY[{0}]", "ARRAY[NULL, {0}]"])
+def test_handles_of_two_dimensions_are_refused(alice: Session, call: str, rows: str) -> None:
+    handle = launch(alice, "SELECT 1")
+    handles = rows.format(f"ROW({handle.pid}, {handle.cookie})::pg_background_handle")
+    with sqlstate("22023", "dimension"):
+        alice.execute(f"SELECT pg_background_{call}(ARRAY[{handles}])")
+    assert result(alice, handle, "n int") == [(1,)]
 
 
 def test_wait_any_reads_chatty_workers(alice: Session) -> None:

@@ -224,27 +224,49 @@ def test_a_socket_that_the_supervisor_cannot_make(
         launch(session, "SELECT 1")
 
 
+_LONG_OUTPUT = {
+    "rows": "SELECT repeat('x', 1000) FROM generate_series(1, 20000)",
+    "notices": "DO $$BEGIN FOR i IN 1..10000 LOOP RAISE NOTICE '%', repeat('x', 1000); END LOOP; END$$",
+}
+
+
+@pytest.mark.parametrize("query", _LONG_OUTPUT.values(), ids=_LONG_OUTPUT)
 def test_output_that_cannot_be_kept_in_a_file(
-    session: Session, conn: Session, cluster: Cluster, leaves_nothing: None
+    session: Session, conn: Session, cluster: Cluster, leaves_nothing: None, query: str
 ) -> None:
-    """What a wait reads of a worker goes to a file past 4 MB."""
-    handle = launch(session, "SELECT repeat('x', 1000) FROM generate_series(1, 20000)")
-    with read_only(control_path(cluster, conn).parent), sqlstate("58030", "Permission denied"):
+    """What a wait reads of a worker goes to a file past 4 MB. The job ends well; no part of its output is returned."""
+    handle = launch(session, query)
+    with read_only(control_path(cluster, conn).parent):
         wait(session, handle)
-    with suppress(psycopg.Error):
+    assert ended(conn, handle)[0] == "stopped"
+    with sqlstate("58030", "Permission denied"):
         result(session, handle)
 
 
-def test_output_whose_file_may_not_grow(session: Session, conn: Session, leaves_nothing: None) -> None:
+def test_output_that_cannot_be_kept_for_a_while(
+    session: Session, conn: Session, cluster: Cluster, leaves_nothing: None
+) -> None:
+    """The file could be made again before the last rows come."""
+    rows = "SELECT repeat('x', 1000) FROM generate_series(1, 20000)"
+    handle = launch(session, f"{rows} UNION ALL SELECT pg_sleep(1)::text UNION ALL {rows}")
+    with read_only(control_path(cluster, conn).parent):
+        session.execute("SELECT pg_background_wait_v2_timeout(%s, %s, 500)", handle)
+    wait(session, handle)
+    with sqlstate("58030", "Permission denied"):
+        result(session, handle)
+
+
+@pytest.mark.parametrize("query", _LONG_OUTPUT.values(), ids=_LONG_OUTPUT)
+def test_output_whose_file_may_not_grow(session: Session, conn: Session, leaves_nothing: None, query: str) -> None:
     """As with a full disk, where the error is ENOSPC."""
-    handle = launch(session, "SELECT repeat('x', 1000) FROM generate_series(1, 20000)")
+    handle = launch(session, query)
     before = resource.prlimit(session.pid, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
     try:
-        with sqlstate("58030", "File too large"):
-            wait(session, handle)
+        wait(session, handle)
     finally:
         resource.prlimit(session.pid, resource.RLIMIT_FSIZE, before)
-    with suppress(psycopg.Error):
+    assert ended(conn, handle)[0] == "stopped"
+    with sqlstate("58030", "File too large"):
         result(session, handle)
 
 

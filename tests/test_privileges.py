@@ -140,6 +140,7 @@ def test_grant_helper_can_leave_out_version_1(
         "SELECT pg_background_launch('SELECT 1')",
         "SELECT pg_background_detach(1)",
         "SELECT * FROM pg_background_result(1) AS r(n int)",
+        "SELECT _pg_background_launch_v1('SELECT 1', 0)",
     ):
         with sqlstate("42501"):
             session.execute(call)
@@ -160,15 +161,39 @@ def test_revoke_helper_takes_everything_back(
 
 
 def test_revoke_helper_without_v1_leaves_version_1(
-    conn: Session, connect: Callable[..., Session], role: Callable[..., Role]
+    conn: Session, connect: Callable[..., Session], role: Callable[..., Role], fresh_database: str
 ) -> None:
+    conn.execute("CREATE SCHEMA of_its_own; ALTER EXTENSION pg_background SET SCHEMA of_its_own")
     bob = role("bob", granted=False)
-    conn.execute("SELECT grant_pg_background_privileges(%s)", (str(bob),))
+    conn.execute("SELECT of_its_own.grant_pg_background_privileges(%s)", (str(bob),))
+    conn.execute("SELECT of_its_own.revoke_pg_background_privileges(%s, false)", (str(bob),))
+    session = connect(bob, search_path="of_its_own")
+    for call in (
+        _qualified(RUN_V2),
+        *OTHER_CALLS,
+        "SELECT _pg_background_launch('SELECT 1', 0)",
+        "SELECT _pg_background_submit('SELECT 1', 0)",
+    ):
+        with sqlstate("42501"):
+            session.execute(call)
+    read = "SELECT * FROM pg_background_result(pg_background_launch(%s)) AS r(v text)"
+    for _ in range(2):  # in a session of its own, then in a kept one
+        assert session.rows(read, ("SELECT 'it'",)) == [("it",)]
+    assert session.rows(read, ("DO $$BEGIN RAISE NOTICE 'heard'; END$$",)) == [("DO",)]
+    assert session.messages() == ["NOTICE: heard"]
+    assert len(session.rows(read, ("SELECT repeat('x', 1000) FROM generate_series(1, 5000)",))) == 5000
+    for query in ("SELECT 1 / 0", "SELECT (1 / (g - 1000))::text FROM generate_series(1, 2000) g"):
+        with sqlstate("22012"):
+            session.execute(read, (query,))
+    session.execute("SELECT pg_background_detach(pg_background_launch('SELECT 1'))")
+
+
+def test_revoke_helper_without_v1_takes_all_from_who_has_no_version_1(conn: Session, role: Callable[..., Role]) -> None:
+    bob = role("bob", granted=False)
+    conn.execute("SELECT grant_pg_background_privileges(%s, false)", (str(bob),))
     conn.execute("SELECT revoke_pg_background_privileges(%s, false)", (str(bob),))
-    session = connect(bob)
-    with sqlstate("42501"):
-        session.execute(_qualified(RUN_V2))
-    assert session.value("SELECT has_function_privilege(CURRENT_USER, 'pg_background_launch(text, int4)', 'EXECUTE')")
+    left = f"SELECT f.name FROM ({EXTENSION_FUNCTIONS}) AS f(name, acl) WHERE f.acl LIKE %s".replace("%'", "%%'")
+    assert conn.rows(left, (f"%{bob}=%",)) == []
 
 
 @pytest.mark.parametrize("call", ["grant_pg_background_privileges", "revoke_pg_background_privileges"])

@@ -21,9 +21,9 @@ import pytest
 from pg_background import messages, wire
 from pg_background.process import process_start
 
-from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_idle, is_waiting, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, server_log, server_log_size, sqlstate, wait_until
-from tests.supervision import descriptors, supervisor_pid, supervisor_pids, terminate_supervisor
+from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_survival import ended, submit
 
 LOAD_SECONDS = 60 if os.environ.get("PG_BACKGROUND_LONG") else 3
@@ -591,6 +591,19 @@ def test_a_cancel_is_not_for_it(busy: Handle, alice: Session, conn: Session) -> 
         conn.execute("SELECT pg_cancel_backend(%s)", (pid,))
         wait(alice, submit(alice, "SELECT 1"))
     assert supervisor_pid(conn) == pid
+
+
+def test_a_cancel_is_not_for_it_while_it_looks_at_a_worker(busy: Handle, alice: Session, conn: Session) -> None:
+    """Before it terminates a worker it looks whether that is in a transaction; a stopped one makes it look for long."""
+    pid = supervisor_pid(conn)
+    alice.execute("SET pg_background.worker_timeout = '300ms'")
+    handle = submit(alice, "SELECT pg_sleep(60)")
+    wait_until(lambda: is_waiting(conn, handle, "PgSleep"), what="the job's sleep")
+    with stopped(handle.pid):
+        for _ in range(50):
+            conn.execute("SELECT pg_cancel_backend(%s), pg_sleep(0.02)", (pid,))
+    assert supervisor_pid(conn) == pid
+    assert ended(alice, handle) == ("error", None, None, "57014")
 
 
 def test_a_full_disk_is_waited_out(busy: Handle, alice: Session, conn: Session) -> None:

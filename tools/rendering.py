@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -121,10 +120,6 @@ class _Templates:
         self.used.add(name)
         return source.rstrip("\n")
 
-    def has_function(self, name: str) -> bool:
-        """True if the function's template exists."""
-        return (self._folder / "functions" / f"{name}.sql.j2").is_file()
-
     def unused(self) -> list[str]:
         """The templates that nothing has asked for."""
         present = {path.relative_to(self._folder).as_posix() for path in self._folder.rglob("*.j2")}
@@ -148,14 +143,13 @@ def render_script(
         lstrip_blocks=True,
     )
     modules = runtime_modules(runtime)
-    names = dict.fromkeys(function.name for function in API)
     environment.globals.update(
         version=control_version(control),
         modules=modules,
         runtime_digest=runtime_digest(modules),
         api=API,
         internal=INTERNAL,
-        api_templates=[name for name in names if folder.has_function(name)],
+        api_templates=list(dict.fromkeys(function.name for function in API)),
         create=created.create,
         created=lambda: created.functions,
         literal=literal,
@@ -216,16 +210,6 @@ def rendered_files() -> dict[Path, str]:
     return files
 
 
-def _say_what_is_missing() -> None:
-    """Name the functions of api.py that have no template."""
-    from sql_templates.api import API
-
-    folder = _Templates(TEMPLATES)
-    missing = [function.name for function in API if not folder.has_function(function.name)]
-    if missing:
-        print(f"note: without a template, left out: {', '.join(missing)}", file=sys.stderr)
-
-
 def render() -> None:
     """Write what is rendered, where it differs."""
     for path, text in rendered_files().items():
@@ -234,7 +218,6 @@ def render() -> None:
             continue
         write_atomically(path, text)
         print(f"{path.name}: written")
-    _say_what_is_missing()
 
 
 def check() -> None:
@@ -248,4 +231,3 @@ def check() -> None:
         difference = difflib.unified_diff(*lines, "as it is", "rendered", lineterm="")
         excerpt = "\n".join(list(difference)[:_DIFF_LINES])
         raise BuildError(f"{path.name} is stale, run build.py render:\n{excerpt}")
-    _say_what_is_missing()

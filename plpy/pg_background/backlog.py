@@ -44,7 +44,10 @@ class Backlog:
         self.bytes_in_memory = 0
 
     def append(self, item: Item, memory_limit: int) -> None:
-        """Add an item at the end; in the file when memory holds memory_limit bytes, or others went there."""
+        """Add an item at the end; in the file when memory holds memory_limit bytes, or others went there.
+
+        OSError where the file does not take it; all others stay.
+        """
         if self._in_file or self.bytes_in_memory >= memory_limit:
             self._spill(item)
         else:
@@ -80,9 +83,16 @@ class Backlog:
     def _spill(self, item: Item) -> None:
         if self._file is None:
             os.makedirs(_FOLDER, mode=0o700, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=_FOLDER)
-        self._file.seek(0, os.SEEK_END)
-        pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
+            # Without a buffer, which would keep what could not be written and write it later.
+            self._file = tempfile.TemporaryFile(dir=_FOLDER, buffering=0)
+        end = self._file.seek(0, os.SEEK_END)
+        unwritten = memoryview(pickle.dumps(item, pickle.HIGHEST_PROTOCOL))
+        try:
+            while unwritten:
+                unwritten = unwritten[self._file.write(unwritten) :]
+        except OSError:
+            self._file.truncate(end)
+            raise
         self._in_file += 1
 
     def _unspill(self) -> Item:

@@ -28,7 +28,7 @@ from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
 
 if TYPE_CHECKING:
     from .calls import Runtime
-    from .registry import Registry
+    from .registry import Registry, Released
     from .server import Server
     from .settings import Configurations
 
@@ -103,11 +103,7 @@ class Beyond:
         """The values as bytes of the database's encoding. 22023 for an array of several dimensions."""
         if params is None:
             return None
-        if any(isinstance(value, list) for value in params):
-            raise background_error(
-                INVALID_PARAMETER_VALUE,
-                "the parameters of a background worker must be an array of one dimension",
-            )
+        _require_one_dimension(params, "the parameters of a background worker")
         if len(params) > _MAX_PARAMETERS:
             raise background_error(
                 INVALID_PARAMETER_VALUE,
@@ -286,7 +282,8 @@ class Beyond:
         if worker is not None:
             return "=" + worker.job.sql
         row = self._runtime.row_elsewhere(*handle)
-        kept = next((old.sql for old in self._registry.released if (old.pid, old.cookie) == handle), None)
+        released = self._released(handle)
+        kept = released.sql if released is not None else None
         return "=" + (kept or str(row["sql_preview"]))
 
     def _row(self, handle: Handle) -> Row:
@@ -296,9 +293,14 @@ class Beyond:
             self._registry.refresh(worker)
             return _row_of(worker)
         row = self._runtime.row_elsewhere(*handle)
-        if any(old.consumed for old in self._registry.released if (old.pid, old.cookie) == handle):
+        released = self._released(handle)
+        if released is not None and released.consumed:
             row["consumed"] = True
         return row
+
+    def _released(self, handle: Handle) -> Released | None:
+        """What this session still knows of a worker that it has let go: the latest, as those of version 1 share one."""
+        return next((old for old in reversed(self._registry.released) if (old.pid, old.cookie) == handle), None)
 
     def _tracked(self, handle: Handle) -> Worker | None:
         """The worker if this session tracks it; None if others know of it. 55000 if nobody does, but of its pid."""
@@ -436,8 +438,15 @@ def _deadline(timeout_ms: int | None) -> float | None:
     return time.monotonic() + clamp(timeout_ms, MAX_TIMEOUT_MS) / 1000
 
 
-def _given_handles(handles: Iterable[Row | None]) -> list[Handle]:
-    """Those that are not null."""
+def _require_one_dimension(array: Iterable[object], what: str) -> None:
+    """22023 for an array of several dimensions, which comes as lists in a list."""
+    if any(isinstance(element, list) for element in array):
+        raise background_error(INVALID_PARAMETER_VALUE, f"{what} must be an array of one dimension")
+
+
+def _given_handles(handles: Sequence[Row | None]) -> list[Handle]:
+    """Those that are not null. 22023 for an array of several dimensions."""
+    _require_one_dimension(handles, "the handles of background workers")
     return [
         Handle(handle["pid"], handle["cookie"])
         for handle in handles

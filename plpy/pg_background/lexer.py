@@ -120,14 +120,6 @@ def is_balanced(sql: str, standard_conforming_strings: bool) -> bool:
     return depth == 0
 
 
-def leading_keywords(sql: str, standard_conforming_strings: bool) -> list[tuple[str, ...]]:
-    """For each statement its leading words without quotes, in upper case, at most four.
-
-    `VACUUM (VERBOSE) t` gives `("VACUUM",)`. The words may include names: no list of keywords is kept.
-    """
-    return [_leading_words(statement.head) for statement in statements(sql, standard_conforming_strings)]
-
-
 def statements(sql: str, standard_conforming_strings: bool) -> Iterator[Statement]:
     """The statements of `sql` that are not empty, in order, in one pass."""
     start = 0
@@ -325,12 +317,3 @@ def _copy_direction(head: Sequence[str]) -> int | None:
 def _is_copy_direction(head: Sequence[str], index: int) -> bool:
     """True for a FROM or TO, reserved words both: only behind a dot can they be names."""
     return head[index] in ("FROM", "TO") and head[index - 1] != "."
-
-
-def _leading_words(head: Sequence[str]) -> tuple[str, ...]:
-    words: list[str] = []
-    for token in head[:_HEAD_TOKENS]:
-        if not (token[0].isalpha() or token[0] == "_"):
-            break
-        words.append(token)
-    return tuple(words)

@@ -13,6 +13,9 @@ import pwd
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count, takewhile
 from typing import TYPE_CHECKING, NamedTuple
 
 from .errors import INSUFFICIENT_RESOURCES, TOO_MANY_CONNECTIONS, UNABLE_TO_CONNECT, background_error
@@ -126,7 +129,9 @@ class Loopback:
         if not self._server.has_free_slots(1):
             raise _too_many_connections()
         deadline = time.monotonic() + _CONNECT_TIMEOUT_S
-        connection = self._pq.PGconn.connect_start(self._conninfo(login, options, application_name))
+        conninfo = self._conninfo(login, options, application_name)
+        with _without_variables():
+            connection = self._pq.PGconn.connect_start(conninfo)
         try:
             self._finish_connecting(connection, deadline)
         except OSError as error:
@@ -156,10 +161,11 @@ class Loopback:
                     f"the server did not let a background worker in within {_CONNECT_TIMEOUT_S} s",
                     hint="Something may hold a lock on pg_authid or pg_database: see pg_locks.",
                 )
-            state = connection.connect_poll()
+            with _without_variables():
+                state = connection.connect_poll()
 
     def _conninfo(self, login: Login, options: bytes, application_name: str) -> bytes:
-        """Every parameter that an environment variable of the server could bend is given."""
+        """What libpq's own defaults would not do; the server's environment gives it none."""
         parameters = {
             b"host": self._socket_folder(),
             b"port": self._server.required_setting("port").encode(),
@@ -168,11 +174,7 @@ class Loopback:
             b"options": options,
             b"application_name": application_name.encode(),
             b"client_encoding": self._server.encoding.encode(),
-            b"gssencmode": b"disable",
-            b"sslmode": b"disable",
             b"passfile": b"/dev/null/none",  # libpq complains about /dev/null itself
-            b"target_session_attrs": b"any",
-            b"connect_timeout": b"0",
         }
         os_user = _os_user()
         if os_user is not None:
@@ -204,6 +206,26 @@ class Loopback:
             detail=f"The server answered: {message}",
             hint=_login_hint(login.name, _os_user()),
         )
+
+
+@contextmanager
+def _without_variables() -> Iterator[None]:
+    """Hide the environment's PG* variables: libpq takes parameters of a login from them, and settings (PGTZ).
+
+    For calls of libpq only, which read the environment and do not change it: the C library is shown another array of
+    the same variables, and then the old one again. os.environ would not do: it was read when Python started.
+    """
+    environ = ctypes.c_void_p.in_dll(ctypes.PyDLL(None), "environ")
+    before = environ.value
+    all_variables = ctypes.cast(before, ctypes.POINTER(ctypes.c_void_p)) if before else [None]
+    variables = takewhile(bool, map(all_variables.__getitem__, count()))
+    shown = [variable for variable in variables if not ctypes.string_at(variable or 0).startswith(b"PG")]
+    array = (ctypes.c_void_p * (len(shown) + 1))(*shown)  # with a NULL at its end
+    try:
+        environ.value = ctypes.addressof(array)
+        yield
+    finally:
+        environ.value = before
 
 
 def _os_user() -> str | None:

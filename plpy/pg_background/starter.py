@@ -45,7 +45,6 @@ _MODULES = (
     "supervisor",
     "supervisor_main",
     "switch",
-    "units",
     "wire",
 )
 # What an owner of the database could bend, and what must not end or slow the supervisor.

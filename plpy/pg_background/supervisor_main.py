@@ -19,6 +19,7 @@ from .supervisor import Supervisor
 
 READY = "pg_background supervisor is ready"
 ANOTHER_SERVES = "55P03"
+_QUERY_CANCELED = "57014"  # a cancel is not for the supervisor
 _LOOK_S = 0.01  # a look at the signals takes as long as a message
 
 
@@ -113,7 +114,7 @@ class _Interrupts:
             try:
                 self._plpy.execute(self._plan)
             except self._plpy.SPIError as error:
-                if error.sqlstate != "57014":  # a cancel is not for us
+                if error.sqlstate != _QUERY_CANCELED:
                     raise
             self._plpy.commit()
         return not self._must_end
@@ -134,8 +135,14 @@ def _transaction_probe(plpy: Any) -> Callable[[int], bool]:
     )
 
     def in_transaction(pid: int) -> bool:
-        found = plpy.execute(plan, [pid]).nrows() > 0
-        plpy.commit()
-        return bool(found)
+        while True:
+            try:
+                found = plpy.execute(plan, [pid]).nrows() > 0
+            except plpy.SPIError as error:
+                if error.sqlstate != _QUERY_CANCELED:
+                    raise
+                continue
+            plpy.commit()
+            return bool(found)
 
     return in_transaction

@@ -22,6 +22,7 @@ from .errors import (
     QUERY_CANCELED,
     BackgroundError,
     Report,
+    report_of_system_call,
 )
 from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
@@ -45,7 +46,7 @@ _INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
 # psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
 _EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
-_FATAL_ERROR, _COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 7, 8, 9, 12
+_COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 8, 9, 12
 
 
 class State(enum.Enum):
@@ -463,7 +464,7 @@ class Worker:
             if result.ntuples and self.problem is None:
                 try:
                     for rows in encode_rows(result, self.columns):
-                        self.backlog.append(rows, max(self.job.queue_size, _KEPT_BYTES))
+                        self._keep(rows)
                 except BackgroundError as error:
                     self.unreadable = error.report
         elif position == self._statements and self._statements > 1 and result.ntuples:
@@ -492,7 +493,14 @@ class Worker:
     def _take_notice(self, result: PGresult) -> None:
         report = report_of(result, self._server, self.pid)
         if report.severity != "FATAL":  # the end of its session after its own is nothing to who reads its rows
-            self.backlog.append(report, max(self.job.queue_size, _KEPT_BYTES))
+            self._keep(report)
+
+    def _keep(self, item: Item) -> None:
+        """For who reads the result. Where there is no room for it the job goes on, and the reader gets an error."""
+        try:
+            self.backlog.append(item, max(self.job.queue_size, _KEPT_BYTES))
+        except OSError as error:
+            self.unreadable = self.unreadable or report_of_system_call(error)
 
     def _fail(self, report: Report) -> None:
         if self.error is None:

@@ -95,8 +95,8 @@ def test_finds_the_command_between_other_statements(before, command, after):
 def test_never_raises_and_loses_no_text(sql, standard_conforming_strings):
     found = list(lexer.statements(sql, standard_conforming_strings))
     assert lexer.statement_count(sql, standard_conforming_strings) == len(found)
-    assert lexer.leading_keywords(sql, standard_conforming_strings) == [
-        lexer.leading_keywords(one.text, standard_conforming_strings)[0] for one in found
+    assert [one.head for one in found] == [
+        next(lexer.statements(one.text, standard_conforming_strings)).head for one in found
     ]
     lexer.forbidden(sql, standard_conforming_strings)
     position = 0
@@ -278,19 +278,6 @@ def test_backslash_escapes_follow_standard_conforming_strings():
 )
 def test_counts_statements(sql, count):
     assert lexer.statement_count(sql, True) == count
-
-
-def test_leading_keywords_stop_at_the_first_other_token():
-    sql = (
-        'vacuum (verbose) t; CREATE UNIQUE INDEX concurrently ON t (a); ALTER SYSTEM SET x = 1; SELECT "a"; (SELECT 1)'
-    )
-    assert lexer.leading_keywords(sql, True) == [
-        ("VACUUM",),
-        ("CREATE", "UNIQUE", "INDEX", "CONCURRENTLY"),
-        ("ALTER", "SYSTEM", "SET", "X"),
-        ("SELECT",),
-        (),
-    ]
 
 
 @pytest.mark.parametrize(
