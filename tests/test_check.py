@@ -93,3 +93,11 @@ def test_a_refused_login_and_a_missing_role(start_cluster: Callable[..., Cluster
         session.execute("ALTER ROLE pgbackground_role LOGIN")
         assert failed(session) == {"roles"}
         assert "pgbackground_role" in (check(session)["roles"][2] or "")
+
+
+def test_the_remedy_for_a_setting_without_a_valid_value_names_it(conn: Session) -> None:
+    conn.execute("SET pg_background.max_workers = 'junk'")
+    status, detail, remedy = check(conn)["settings"]
+    assert (status, "junk" in detail) == ("failed", True)
+    assert remedy is not None
+    assert "SET pg_background.max_workers" in remedy

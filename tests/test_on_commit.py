@@ -460,3 +460,13 @@ def test_a_session_that_has_ended_for_being_idle_is_replaced(ran: Session) -> No
         handle = note(ran, "second")
     assert state(ran, handle) == ("stopped", None)
     assert rows(ran) == ["first", "second"]
+
+
+def test_jobs_that_wait_for_a_commit_take_a_place_of_max_workers(ran: Session) -> None:
+    ran.execute("SET pg_background.max_workers = 1")
+    with ran.transaction():
+        handle = note(ran, "after")
+        with sqlstate("53400"), ran.transaction():
+            ran.execute("SELECT pg_background_launch_v2('SELECT 1')")
+    assert state(ran, handle) == ("stopped", None)
+    ran.execute("SELECT pg_background_launch_v2('SELECT 1')")

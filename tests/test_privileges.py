@@ -312,6 +312,13 @@ def test_drop_executor_role_and_the_way_back(own_conn: Session) -> None:
     assert own_conn.value(_qualified(RUN_V2)) == 7
 
 
+def test_a_supervisors_role_that_somebody_may_become_is_refused(own_conn: Session) -> None:
+    own_conn.execute("DROP EXTENSION pg_background; CREATE ROLE mallory; GRANT pgbackground_supervisor TO mallory")
+    with sqlstate("42710", match="has members"):
+        own_conn.execute("CREATE EXTENSION pg_background")
+    own_conn.execute("REVOKE pgbackground_supervisor FROM mallory; CREATE EXTENSION pg_background")
+
+
 def test_drop_executor_role_after_the_extension_has_moved(own_conn: Session) -> None:
     own_conn.execute("DROP EXTENSION pg_background; CREATE SCHEMA one; CREATE SCHEMA two")
     own_conn.execute("CREATE EXTENSION pg_background SCHEMA one")

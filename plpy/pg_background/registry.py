@@ -75,10 +75,9 @@ class Registry:
         """
         self.sessions.expect(configuration)
         deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
-        if self.elsewhere or self.sessions.are_being_cleaned:
+        if self.elsewhere or self.sessions.are_being_cleaned or self.on_commit is not None:
             self.control.hear()
-        if len(self.workers) >= configuration.max_workers:
-            self._wait_for_room(configuration.max_workers, deadline)
+        self._make_room(configuration, deadline)
         self.control.prepare()  # it starts while the worker's session does
         try:
             session = self.sessions.get(configuration, deadline)
@@ -98,19 +97,25 @@ class Registry:
         self.launched += 1
         return worker
 
-    def _wait_for_room(self, max_workers: int, deadline: float) -> None:
-        """Let ended submitted workers go when their room is needed; then wait until one more has ended."""
-        while len(self.workers) >= max_workers:
+    def _make_room(self, configuration: Configuration, deadline: float) -> None:
+        """Let ended submitted workers go when their room is needed; then wait until one more has ended.
+
+        Each session whose jobs wait for a commit takes a place as well.
+        """
+        after_commit = len(self.on_commit) if self.on_commit is not None else 0
+        while len(self.workers) + after_commit >= configuration.max_workers:
             done = self._ended_submitted()
             if done is not None:
                 self.release(done, unasked=True)
             elif not self._wait_for_an_end(deadline):
+                hint = "Read the results of finished workers, detach some, or raise pg_background.max_workers."
+                if any(worker.job.submitted for worker in self.workers.values()):
+                    hint += " With pg_background.launch_timeout, a launch waits until a submitted one has ended."
                 raise background_error(
                     CONFIGURATION_LIMIT_EXCEEDED,
-                    f"this session tracks {len(self.workers)} background workers already",
-                    detail=f"pg_background.max_workers is {max_workers}.",
-                    hint="Read the results of finished workers, detach some, raise pg_background.max_workers,"
-                    " or set pg_background.launch_timeout to wait.",
+                    f"this session tracks {len(self.workers) + after_commit} background workers already",
+                    detail=f"pg_background.max_workers is {configuration.max_workers}.",
+                    hint=hint,
                 )
 
     def _wait_for_an_end(self, deadline: float) -> bool:
@@ -133,9 +138,7 @@ class Registry:
         """A session for jobs that are not tracked, which takes a place of max_workers all the same."""
         self.sessions.expect(configuration)
         deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
-        room = configuration.max_workers - (len(self.on_commit) if self.on_commit is not None else 0)
-        if len(self.workers) >= room:
-            self._wait_for_room(room, deadline)
+        self._make_room(configuration, deadline)
         return self.sessions.get(configuration, deadline)
 
     def forget_ended(self, pid: int) -> None:
@@ -189,7 +192,12 @@ class Registry:
         except BackgroundError as error:
             if error.report.sqlstate != OBJECT_NOT_IN_PREREQUISITE_STATE:
                 raise
-            raise not_tracked(pid) from error
+            raise background_error(
+                UNDEFINED_OBJECT,
+                f"cookie {cookie} does not match that of the background worker with PID {pid}",
+                hint="The results of an earlier worker with that PID are gone. A handle that is expanded as in"
+                " (pg_background_launch_v2(...)).* launches twice: call it in FROM.",
+            ) from error
 
     def require_membership(self, role_oid: int, pid: int) -> None:
         """42501 unless the caller is a member of the role."""

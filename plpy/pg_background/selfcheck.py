@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import settings
@@ -105,7 +106,13 @@ class SelfCheck:
         return f"{_EXECUTOR_ROLE} and {SUPERVISOR_ROLE} are there, the caller is {member} of the first"
 
     def _settings(self) -> str:
-        values = [f"{each.name.partition('.')[2]} {settings.value(self._server, each)}" for each in settings.ALL]
+        values = []
+        for each in settings.ALL:
+            try:
+                values.append(f"{each.name.partition('.')[2]} {settings.value(self._server, each)}")
+            except BackgroundError as error:
+                hint = f"SET {each.name} to a valid value, or RESET it; pg_settings tells where it comes from."
+                raise BackgroundError(replace(error.report, hint=error.report.hint or hint)) from error
         return ", ".join(values)
 
     def _connections(self) -> str:

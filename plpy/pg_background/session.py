@@ -243,7 +243,8 @@ class WorkerSession:
                 INTERNAL_ERROR,
                 "the background worker did not become the launching role",
                 detail=f"It says of its users and power: {self.users!r}; expected was {role!r}.",
-                hint="The worker was closed. Please report this with the server's version.",
+                hint="If the role was renamed in a transaction that is still open, commit. Otherwise please report"
+                " this with the server's version.",
             )
 
     def is_clean(self, row: Sequence[str | None]) -> bool:

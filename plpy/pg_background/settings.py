@@ -46,7 +46,12 @@ WORKER_TIMEOUT = Definition(
     "How long the whole SQL of a background worker may run; 0 means that statement_timeout holds.",
 )
 LAUNCH_TIMEOUT = Definition(
-    "pg_background.launch_timeout", "0", "ms", 0, 2**31 - 1, "How long a launch waits for a free slot before its error."
+    "pg_background.launch_timeout",
+    "0",
+    "ms",
+    0,
+    2**31 - 1,
+    "How long a launch waits for a connection, or for a submitted worker to end at max_workers, before its error.",
 )
 POOL_SIZE = Definition(
     "pg_background.pool_size", "4", None, 0, 1000, "Idle worker sessions that a session keeps for reuse."

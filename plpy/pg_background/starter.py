@@ -150,7 +150,7 @@ class Starter:
                     report.sqlstate,
                     "the supervisor of background workers could not start",
                     detail=report.message,
-                    hint="See the server log.",
+                    hint="See the server log. If the transaction of CREATE EXTENSION is still open, commit it.",
                 )
             return True
         except BackgroundError:

@@ -149,7 +149,11 @@ def find_role(plpy, role_oid):
         " AND d.datname OPERATOR(pg_catalog.=) pg_catalog.current_database()" % role_oid
     )
     if len(found) != 1:
-        plpy.error("role with OID %d does not exist" % role_oid, sqlstate="42704")
+        plpy.error(
+            "role with OID %d does not exist" % role_oid,
+            hint="Background workers see a role once the transaction that created it has committed.",
+            sqlstate="42704",
+        )
     return found[0]
 
 
