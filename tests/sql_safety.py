@@ -330,6 +330,8 @@ def _of_fragment(text: str) -> list[str]:
             complaints.append(f"function {word} has no schema in: {text[:80]}")
         if last == "::" and after[:1] != ["."]:
             complaints.append(f"type {word} has no schema in: {text[:80]}")
+        if word.upper() == "CASE" and after[:1] and after[0].upper() != "WHEN":
+            complaints.append(f"CASE with an operand compares by = in: {text[:80]}")
         if _OPERATORS.fullmatch(word) and word not in _NO_OPERATORS and last != "." and not _assigns(before):
             complaints.append(f"operator {word} has no schema in: {text[:80]}")
     return complaints

@@ -44,7 +44,7 @@ LATER_THAN_14 = {
 }
 GUARDED = {
     ("session.py", "SYSTEM_USER"),
-    *((module, "transaction_timeout") for module in ("control.py", "inheritance.py", "on_commit.py")),
+    *((module, "transaction_timeout") for module in ("starter.py", "inheritance.py", "on_commit.py")),
 }
 """Used by the module only where the server is new enough."""
 

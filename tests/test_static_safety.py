@@ -138,6 +138,7 @@ def test_an_unqualified_name_in_a_block_is_found() -> None:
         'fragment = f"{{schema}}.f() AND pg_catalog.now() < {text}"',
         'run(b"SELECT " + b"pg_catalog.now(), lower(1)")',
         'run("SELECT %s FROM pg_class" % what)',
+        'fragment = b"CASE pg_catalog.num_nulls(%s) WHEN 0 THEN 1 END" % names',
     ],
 )
 def test_an_unqualified_name_in_a_module_is_found(source: str) -> None:

@@ -61,9 +61,9 @@ _WHO_AM_I = b"CURRENT_USER, SESSION_USER, pg_catalog.current_setting('is_superus
 # After a job. All settings of this extension have values where it was used to launch: then a fresh session takes its
 # place, as no query can make a launcher forget its workers. (Where they all are configured, none is kept.)
 _WHO_AM_I_STILL = (
-    b"CURRENT_USER, SESSION_USER, CASE pg_catalog.num_nulls(%s)"
+    b"CURRENT_USER, SESSION_USER, CASE WHEN pg_catalog.num_nulls(%s)"
     % b", ".join([b"pg_catalog.current_setting('%s', true)" % definition.name.encode() for definition in settings.ALL])
-    + b" WHEN 0 THEN 'launcher' ELSE pg_catalog.current_setting('is_superuser') END"
+    + b" OPERATOR(pg_catalog.=) 0 THEN 'launcher' ELSE pg_catalog.current_setting('is_superuser') END"
 )
 
 
