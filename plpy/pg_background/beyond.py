@@ -12,14 +12,13 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import lexer, messages
-from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, reply, tags_of
+from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, tags_of
 from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
 from .errors import (
     INVALID_PARAMETER_VALUE,
     NULL_VALUE_NOT_ALLOWED,
     SYNTAX_ERROR,
     BackgroundError,
-    Report,
     as_json,
     background_error,
 )
@@ -52,13 +51,8 @@ class Beyond:
         self._row_types = RowTypes(server, registry.type_names)
         self._runs: dict[str, Worker] = {}  # of run_query, until they are read
 
-    def report_of(self, error: Exception) -> Report:
-        """The report for an exception that the user is to see."""
-        return self._runtime.report_of(error)
-
     # --- starting ---
 
-    @reply
     def start(
         self,
         sql: str | None,
@@ -77,7 +71,6 @@ class Beyond:
         )
         return f"({worker.pid},{worker.cookie})"
 
-    @reply
     def defer(
         self, sql: str | None, queue_size: int | None, label: str | None, params: list[str | None] | None, marker: str
     ) -> str:
@@ -122,7 +115,6 @@ class Beyond:
 
     # --- one-call runs ---
 
-    @reply
     def run(
         self,
         sql: str | None,
@@ -151,7 +143,6 @@ class Beyond:
         self._registry.release(worker)
         return as_json({**row, "timed_out": timed_out, "elapsed_ms": worker.elapsed_ms})
 
-    @reply
     def run_query(
         self,
         run: str,
@@ -175,7 +166,6 @@ class Beyond:
             self._stop(worker, timeout_ms)
         return f"{worker.pid},{worker.cookie}"
 
-    @reply
     def abandon(self, run: str) -> str:
         """Cancel the worker of a run_query that has failed half-way, and let it go, if it still is there."""
         worker = self._runs.pop(run, None)
@@ -223,7 +213,6 @@ class Beyond:
 
     # --- rows without a column list ---
 
-    @reply
     def open_as(self, pid: int | None, cookie: int | None, row_type: int | None) -> str:
         """As open_result, with the columns of a row type, or, if that is None, one column of JSON objects."""
         if pid is None or cookie is None:
@@ -242,7 +231,6 @@ class Beyond:
 
     # --- what became of a worker ---
 
-    @reply
     def told(self, what: str, pid: int, cookie: int) -> str:
         """What is known of a worker: a JSON object of type pg_background_<what>, or "=" and its SQL."""
         tell = {
@@ -278,7 +266,7 @@ class Beyond:
             return "{}"
 
     def _full_sql(self, handle: Handle) -> str:
-        worker = self._tracked(handle)
+        worker = self._runtime.tracked(*handle)
         if worker is not None:
             return "=" + worker.job.sql
         row = self._runtime.row_elsewhere(*handle)
@@ -288,7 +276,7 @@ class Beyond:
 
     def _row(self, handle: Handle) -> Row:
         """What is known of a worker, here or elsewhere. 42704, 55000, 42501."""
-        worker = self._tracked(handle)
+        worker = self._runtime.tracked(*handle)
         if worker is not None:
             self._registry.refresh(worker)
             return _row_of(worker)
@@ -302,17 +290,8 @@ class Beyond:
         """What this session still knows of a worker that it has let go: the latest, as those of version 1 share one."""
         return next((old for old in reversed(self._registry.released) if (old.pid, old.cookie) == handle), None)
 
-    def _tracked(self, handle: Handle) -> Worker | None:
-        """The worker if this session tracks it; None if others know of it. 55000 if nobody does, but of its pid."""
-        worker = self._registry.tracked(handle.pid)
-        other_cookie = worker is not None and worker.cookie != handle.cookie
-        if other_cookie and self._registry.control.ask(messages.FIND, *handle) is not None:
-            return None
-        return self._runtime.tracked(*handle)
-
     # --- many workers ---
 
-    @reply
     def wait_any(self, handles: list[Row | None], timeout_ms: int | None) -> str:
         """The handle of one that has ended; empty at the timeout, or if there are none."""
         deadline = _deadline(timeout_ms)
@@ -330,7 +309,6 @@ class Beyond:
         pid, cookie = list(endings)[position]
         return f"({pid},{cookie})"
 
-    @reply
     def drain(self, handles: list[Row | None], timeout_ms: int | None) -> str:
         """Wait for all and let them go: a JSON array of objects of type pg_background_outcome."""
         deadline = _deadline(timeout_ms)
@@ -342,7 +320,7 @@ class Beyond:
             _forget(endings.values())
         outcomes = {handle: _outcome_of(self._row(handle)) for handle in endings}
         for handle in endings:
-            worker = self._tracked(handle)
+            worker = self._runtime.tracked(*handle)
             if worker is not None:
                 self._registry.release(worker)
         return as_json([outcomes[handle] for handle in wanted])
@@ -351,14 +329,13 @@ class Beyond:
         """By handle. 42704, 55000, 42501, and then nothing has been asked."""
         endings: dict[Handle, Ending] = {}
         for handle in handles:
-            worker = self._tracked(handle)
+            worker = self._runtime.tracked(*handle)
             if worker is not None:
                 endings[handle] = OwnEnding(self._registry.control, worker)
             else:
                 endings[handle] = OtherEnding(self._registry.control, handle, self._runtime.row_elsewhere(*handle))
         return endings
 
-    @reply
     def take(self, how: str) -> str:
         """Cancel all, detach all, or purge: how many it took."""
         workers = self._managed()
@@ -370,7 +347,6 @@ class Beyond:
             self._registry.release(worker)
         return str(len(workers))
 
-    @reply
     def cancel_by_label(self, pattern: str, grace_ms: int) -> str:
         """How many it took; a grace of 0 terminates none."""
         running = [worker for worker in self._managed() if not worker.ended and worker.job.label is not None]
@@ -396,12 +372,11 @@ class Beyond:
 
     # --- self-check ---
 
-    @reply
     def check(self) -> str:
         """A JSON array of rows of pg_background_check()."""
         from .selfcheck import SelfCheck
 
-        checks = SelfCheck(self._server, self._registry, self._configurations, self.report_of)
+        checks = SelfCheck(self._server, self._registry, self._configurations, self._runtime.report_of)
         return as_json([finding._asdict() for finding in checks.findings()])
 
     def _managed(self) -> list[Worker]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Callable, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from . import lexer, messages, output_settings, settings
 from .backlog import Rows
@@ -43,18 +43,11 @@ TERMINATION_S = 5.0  # how long a call waits for a backend that it has terminate
 Method = TypeVar("Method", bound=Callable[..., str])
 
 
-class Reporter(Protocol):
-    """Who makes reports of exceptions."""
-
-    def report_of(self, error: Exception) -> Report:
-        """The report for an exception that the user is to see; re-raises what is a defect of ours."""
-
-
 def reply(method: Method) -> Method:
-    """Turn what a method raises for the user into its reply."""
+    """Turn what a method of Runtime raises for the user into its reply."""
 
     @functools.wraps(method)
-    def replying(self: Reporter, *arguments: Any) -> str:
+    def replying(self: Runtime, *arguments: Any) -> str:
         try:
             return method(self, *arguments)
         except Exception as error:  # noqa: BLE001 - report_of raises what is none of the user's business again

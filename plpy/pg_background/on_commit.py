@@ -45,7 +45,8 @@ class OnCommit:
         self._batches: dict[int, Batch] = {}  # by the worker's pid
 
     def __len__(self) -> int:
-        return len(self._batches)
+        """How many sessions have jobs of which it is not known that they are over."""
+        return sum(bool(batch.unresolved) for batch in self._batches.values())
 
     def defer(self, job: Job, configuration: Configuration, marker: str) -> tuple[int, int]:
         """Hand a job over; its handle. `marker`: the key of the row that this transaction has inserted for it."""
@@ -60,8 +61,6 @@ class OnCommit:
         session = batch.session
         key = secrets.randbits(KEY_BITS) or 1
         guard, answers = self._guard(_checked_key(marker), session, configuration)
-        encoded, parameters = self._server.encode(job.sql), job.parameters
-        packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
         clean_up = session.clean_up(configuration.pool_idle_timeout_ms)
         announcement = job.announced(key, key, session, configuration, time.time_ns() // 1000)
         extras = {
@@ -76,7 +75,7 @@ class OnCommit:
         batch.unresolved.add(key)
         try:
             with os.fdopen(os.memfd_create("pg_background", os.MFD_CLOEXEC), "wb", buffering=0) as file:
-                _write_all(file.fileno(), guard + packet + clean_up.packet)
+                _write_all(file.fileno(), guard + job.packet(self._server) + clean_up.packet)
                 self._registry.control.tell([messages.DEFER, announcement, extras], session, file.fileno())
         except BaseException:
             batch.unresolved.discard(key)

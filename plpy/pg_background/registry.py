@@ -102,8 +102,7 @@ class Registry:
 
         Each session whose jobs wait for a commit takes a place as well.
         """
-        after_commit = len(self.on_commit) if self.on_commit is not None else 0
-        while len(self.workers) + after_commit >= configuration.max_workers:
+        while len(self.workers) + self._after_commit_count() >= configuration.max_workers:
             done = self._ended_submitted()
             if done is not None:
                 self.release(done, unasked=True)
@@ -113,22 +112,26 @@ class Registry:
                     hint += " With pg_background.launch_timeout, a launch waits until a submitted one has ended."
                 raise background_error(
                     CONFIGURATION_LIMIT_EXCEEDED,
-                    f"this session tracks {len(self.workers) + after_commit} background workers already",
+                    f"this session tracks {len(self.workers) + self._after_commit_count()} background workers already",
                     detail=f"pg_background.max_workers is {configuration.max_workers}.",
                     hint=hint,
                 )
 
     def _wait_for_an_end(self, deadline: float) -> bool:
-        """Wait until a submitted worker has ended; False at the deadline, or if there is none."""
-        while any(worker.job.submitted for worker in self.workers.values()):
+        """Wait until a submitted worker or a job after a commit has ended; False at the deadline, or if there is none."""
+        after_commit = self._after_commit_count()
+        while after_commit or any(worker.job.submitted for worker in self.workers.values()):
             self.control.hear_or_replace()
-            if self._ended_submitted() is not None:
+            if self._ended_submitted() is not None or self._after_commit_count() < after_commit:
                 return True
             descriptor = self.control.descriptor
             assert descriptor is not None
             if not self.server.wait_for_one(descriptor, deadline):
                 break
         return False
+
+    def _after_commit_count(self) -> int:
+        return len(self.on_commit) if self.on_commit is not None else 0
 
     def _ended_submitted(self) -> Worker | None:
         """A submitted worker that has ended, as far as was heard."""

@@ -72,6 +72,11 @@ class Job(NamedTuple):
     parameters: Parameters | None = None  # then the extended protocol runs it: a single statement
     discards: bool = False  # nobody will read its rows
 
+    def packet(self, server: Server) -> bytes:
+        """The messages that run it, for a session whose answer libpq does not read."""
+        sql = server.encode(self.sql)
+        return wire.query_message(sql) if self.parameters is None else wire.bound_query_messages(sql, self.parameters)
+
     def announced(
         self, key: int, cookie: int, session: WorkerSession, configuration: Configuration, launched_us: int
     ) -> messages.Announcement:
@@ -189,9 +194,7 @@ class Worker:
         clean_up = self.session.clean_up(self.configuration.pool_idle_timeout_ms)
         self._clean_ups = clean_up.answers
         self.tell_supervisor()
-        encoded, parameters = self._server.encode(self.job.sql), self.job.parameters
-        packet = wire.query_message(encoded) if parameters is None else wire.bound_query_messages(encoded, parameters)
-        self.session.write(packet + clean_up.packet, self._tell_writing)
+        self.session.write(self.job.packet(self._server) + clean_up.packet, self._tell_writing)
 
     def _tell_writing(self, writing: bool) -> None:
         """Were this session to end now, the supervisor would have to do the same with half a job's worker."""
