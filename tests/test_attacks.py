@@ -21,7 +21,7 @@ import pytest
 from psycopg import sql
 
 from sql_templates.api import INTERNAL
-from tests.background import Handle, detach, launch, listed, run, wait
+from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
 from tests.supervision import supervisor_pid, terminate_supervisor
 from tests.test_supervisor import control_path, stranger
@@ -489,3 +489,13 @@ def test_a_marker_that_its_role_has_locked_keeps_no_other_from_being_removed(
         run(bob, "SELECT 1", "n int")
         left = "SELECT key FROM public._pg_background_marker"
         wait_until(lambda: conn.rows(left) == [(held,)], what="bob's marker removed")
+
+
+def test_who_calls_the_proof_lets_nothing_go(alice: Session) -> None:
+    """It ends a job for who knows the session's token, which is in no message that a job can read."""
+    handle = launch(alice, "SELECT 5")
+    alice.execute("SELECT _pg_background_proof(0, 0)")
+    assert result(alice, handle, "n int") == [(5,)]
+    nested = "SELECT (pg_background_launch_v2('SELECT 1')).pid, _pg_background_proof(0, 0)"
+    nested += ", (SELECT workers_launched FROM pg_background_stats_v2())"
+    assert result(alice, launch(alice, nested), "pid int, proof text, launched bigint")[0][2] == 1

@@ -328,7 +328,7 @@ _LAUNCHES_WITHOUT_END = """
 
 def fill_line(session: Session) -> None:
     """Tells a supervisor that is stopped of so many jobs that no more fits, and ends by a timeout."""
-    session.execute("SET statement_timeout = '1s'")
+    session.execute("SET statement_timeout = '2s'; SET pg_background.pool_size = 1")
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(session.execute, _LAUNCHES_WITHOUT_END)
         try:
@@ -343,8 +343,8 @@ def fill_line(session: Session) -> None:
 def test_a_cancelled_call_ends_though_the_supervisor_takes_nothing(
     session: Session, conn: Session, is_first_to_wait: str, leaves_nothing: None
 ) -> None:
-    session.execute("SET pg_background.pool_size = 1")  # a session that the supervisor knows
-    run(session, "SELECT 1", "n int")
+    session.execute("SET pg_background.pool_size = 1")
+    run(session, "SELECT 1", "n int")  # its session is one that the supervisor knows
     with stopped(supervisor_pid(conn)):
         if is_first_to_wait == "a launch":
             submit(session, "SELECT 1")  # one message, where the others come in twos
@@ -365,7 +365,7 @@ def test_a_detach_that_is_cancelled_is_told_later(session: Session, conn: Sessio
             except psycopg.errors.QueryCanceled:
                 canceled += 1
     assert canceled
-    session.execute("RESET statement_timeout")
+    session.execute("RESET statement_timeout; SET pg_background.pool_size = 0")
     # What it could not be told goes to it with the session's calls, as it makes room.
     wait_until(lambda: not listed(session) and all(outcome(conn, handle) for handle in handles), what="the ends of all")
     assert {outcome(conn, handle)[0] for handle in handles} == {"stopped"}
@@ -505,6 +505,6 @@ def test_a_cancel_while_the_runtime_is_loaded_is_a_cancel(connect: Callable[...,
     with conn.transaction():
         conn.execute("LOCK TABLE pg_extension")
         with pytest.raises(psycopg.errors.QueryCanceled):
-            fresh.execute("SELECT _pg_background_proof(0)")
+            fresh.execute("SELECT _pg_background_proof(0, 0)")
     fresh.execute("RESET statement_timeout")
-    assert fresh.value("SELECT _pg_background_proof(0)").count(",") == 4
+    assert fresh.value("SELECT _pg_background_proof(0, 0)").count(",") == 4

@@ -475,8 +475,7 @@ def test_jobs_that_wait_for_a_commit_take_a_place_of_max_workers(ran: Session) -
 
 def test_a_job_that_was_rolled_back_takes_no_place_of_max_workers(ran: Session) -> None:
     ran.execute("SET pg_background.max_workers = 1; SET pg_background.launch_timeout = '10s'")
-    with ran.transaction():
+    with ran.transaction(force_rollback=True):
         handle = note(ran, "never")
-        raise psycopg.Rollback
     assert state(ran, handle) == ("canceled", "40000")
     ran.execute("SELECT pg_background_launch_v2('SELECT 1')")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.clusters import Role, Session, sqlstate
+from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
 
 ConnectFixture = Callable[..., Session]
 
@@ -361,3 +361,18 @@ def test_abbreviated_zones_are_read_where_backslashes_escape(conn: Session) -> N
     conn.execute("SET DateStyle = 'Postgres'; SET standard_conforming_strings = off")
     handle = launch(conn, "SELECT timestamptz '2024-10-26 12:00+00'")
     assert read(conn, handle, "extract(epoch FROM t)::int8", "t timestamptz") == [(1729944000,)]
+
+
+def test_a_reload_during_a_submitted_job_is_known_to_the_next_one(start_cluster: Callable[..., Cluster]) -> None:
+    """The supervisor reads what the server tells of settings then, not libpq."""
+    with start_cluster().connect() as session:
+        session.execute("CREATE EXTENSION pg_background CASCADE")
+        session.execute("SELECT pg_background_run_v2('SELECT 1')")
+        handle = session.rows("SELECT * FROM pg_background_submit_v2('SELECT pg_sleep(0.5)')")[0]
+        session.execute("ALTER SYSTEM SET DateStyle = 'SQL, DMY'")
+        session.execute("SELECT pg_reload_conf()")
+        session.execute("SELECT pg_background_wait_v2(%s, %s)", handle)
+        session.execute("SELECT pg_background_detach_v2(%s, %s)", handle)
+        wait_until(lambda: session.value("SHOW DateStyle") == "SQL, DMY", what="the reload")
+        later = launch(session, "SELECT date '2024-02-03'")
+        assert read(session, later, "d - date '2024-02-01'", "d date") == [(2,)]

@@ -338,8 +338,10 @@ def test_a_job_sees_nothing_of_the_workers_that_an_earlier_one_launched(
     listing = "SELECT l::text FROM pg_background_list_v2() AS l(pid int, cookie bigint, launched_at timestamptz,"
     listing += " user_id oid, queue_size int, state text, sql_preview text, last_error text, consumed bool)"
     counts = "SELECT workers_launched, workers_completed, workers_failed FROM pg_background_stats_v2()"
+    later = "SELECT (pg_background_submit_on_commit_v2('SELECT pg_sleep(0.2)')).pid"
     for _ in range(20):  # more than a session may track
         run(session, nested, "one int, two int")
+        run(session, later, "one int")
         assert run(session, listing, "worker text") == []
         assert run(session, counts, "launched bigint, completed bigint, failed bigint") == [(0, 0, 0)]
 

@@ -74,7 +74,7 @@ class AfterCommit:
     def end_unsent(self, channel: Channel, job: Job, changes: Row) -> None:
         """A job has ended without having been sent; if it was cancelled, that is known already."""
         if channel.link is not None:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN])
+            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN, {}])
         if job.running:
             self._jobs.end(job, changes)
 

@@ -137,6 +137,8 @@ class Answers:
         outcome = self._outcome_of(job, answers[0])
         wire.receive_from(channel.connection, position, 0)
         channel.answer, channel.answers_left = wire.Answer(), 0
+        for answer in answers:
+            channel.reports.update(answer.reports)
         self._sockets.unwatch(channel)
         self._tell_ended(channel, job, outcome, clean_up)
         return True
@@ -150,6 +152,7 @@ class Answers:
 
     def _take_outcome(self, channel: Channel) -> None:
         answer, channel.answer = channel.answer, wire.Answer()
+        channel.reports.update(answer.reports)
         channel.answers_left -= 1
         assert channel.job is not None
         if channel.job.running:
@@ -158,6 +161,7 @@ class Answers:
     def _take_other_answer(self, channel: Channel) -> None:
         """A verdict on a job that waits for a commit, or a part of a clean-up."""
         answer, channel.answer = channel.answer, wire.Answer()
+        channel.reports.update(answer.reports)
         if self._after_commit.take_answer(channel, answer):
             return
         channel.answers_left -= 1
@@ -169,13 +173,14 @@ class Answers:
         row = self._clean_up_of(answer, unclean=channel.unclean)
         if link is not None:
             self._sockets.unwatch(channel)
-            self._sockets.send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row])
+            self._sockets.send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row, channel.reports])
         self._after_commit.take_clean_up(channel, row)
 
     def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
         """The worker's own session first: what others do upon the end must find it informed."""
         if channel.link is not None:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up])
+            ended = [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up, channel.reports]
+            self._sockets.send(channel.link, ended)
         self._jobs.end(job, changes, None)
 
     def _lost(self, channel: Channel, received: bytes | None) -> bool:
@@ -188,7 +193,8 @@ class Answers:
             changes = self._outcome_of(job, answer) if answer.error else lost_connection(job)
             self._tell_ended(channel, job, changes, [])
         elif job is not None and channel.link is not None and channel.answers_left:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], None, []])  # in its clean-up
+            in_clean_up = [messages.ENDED, channel.pid, job.row[KEY], None, [], {}]
+            self._sockets.send(channel.link, in_clean_up)
         if channel.queue is not None:
             for item in channel.queue.unstarted():
                 self._after_commit.end_unsent(channel, item.job, lost_connection(item.job))

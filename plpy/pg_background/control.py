@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,7 +29,14 @@ WaitFor = Callable[[Sequence[tuple[int, int]]], object]
 class Listener(Protocol):
     """Who a session's news is for."""
 
-    def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
+    def on_ended(
+        self,
+        pid: int,
+        key: int,
+        changes: dict[str, Any] | None,
+        clean_up: list[str] | None,
+        reports: Mapping[str, str],
+    ) -> None:
         """A submitted or detached job has ended, or its connection was cleaned for reuse."""
 
     def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
@@ -179,8 +186,7 @@ class Control:
         except BlockingIOError:
             pass  # before the next message
         except OSError:
-            self.hear()
-            self._drop()
+            self._words.clear()  # the other end has gone, which who hears next will find; it had more to say
 
     def _send_late(self) -> None:
         """What could not be sent before, while it fits. BlockingIOError, OSError."""

@@ -73,6 +73,7 @@ class Jobs:
         channel.answer = wire.Answer()
         channel.answers_left = 1 + job.groups_after
         channel.unclean = False
+        channel.reports = {}
         self._ledger.note(job.row)
         timeout_ms = extras.get("timeout_ms", 0)
         if timeout_ms:
@@ -92,7 +93,7 @@ class Jobs:
         """A job in a connection that was given up here: what its session has sent behind this must be heard."""
         changes = lost_connection(job)
         self.by_key[job.row[KEY]] = job
-        self._sockets.send(link, [messages.ENDED, job.row["pid"], job.row[KEY], changes, []])
+        self._sockets.send(link, [messages.ENDED, job.row["pid"], job.row[KEY], changes, [], {}])
         self.end(job, changes)
 
     def _keep_ended(self, channel: Channel, link: Link, job: Job, *, read_here: bool) -> None:
@@ -128,7 +129,7 @@ class Jobs:
     def _tell_end(self, link: Link, row: Row, clean_up: list[str | None] | None) -> None:
         """A submitted or detached job that ended before its session could hear of it."""
         changes = {name: value for name, value in row.items() if name in ENDS and value is not None}
-        self._sockets.send(link, [messages.ENDED, row["pid"], row[KEY], changes, clean_up])
+        self._sockets.send(link, [messages.ENDED, row["pid"], row[KEY], changes, clean_up, {}])
 
     def on_writing(self, _: Link, pid: int, writing: bool) -> None:
         """A session has sent a part of its job, or now all of it."""

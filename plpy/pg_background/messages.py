@@ -50,7 +50,8 @@ RECORD = "record"  # row that the sender cannot write any more; sessions send it
 # supervisor -> session
 WELCOME = "welcome"
 OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
-ENDED = "ended"  # worker pid, key, changed columns of the row, the clean-up's answer or null
+# worker pid, key, changed columns of the row, the clean-up's answer or null, new values of settings by their names
+ENDED = "ended"
 # worker pid, key, time.monotonic() of its termination or null: a session has asked the worker to stop
 CANCELING = "canceling"
 MOVED = "moved"  # another supervisor will take over: connect anew

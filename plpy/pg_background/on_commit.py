@@ -12,6 +12,7 @@ import os
 import secrets
 import time
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import messages, wire
@@ -34,6 +35,8 @@ class Batch:
         self.transaction = transaction
         self.unresolved: set[int] = set()  # keys
         self.dirty = False
+        self.counts = True  # it takes a place of max_workers
+        self.reports: dict[str, str] = {}  # what has become of settings, as the supervisor has read
 
 
 class OnCommit:
@@ -46,7 +49,12 @@ class OnCommit:
 
     def __len__(self) -> int:
         """How many sessions have jobs of which it is not known that they are over."""
-        return sum(bool(batch.unresolved) for batch in self._batches.values())
+        return sum(bool(batch.unresolved and batch.counts) for batch in self._batches.values())
+
+    def begin_anew(self) -> None:
+        """An earlier job of this session, which is a worker's, has handed these over."""
+        for batch in self._batches.values():
+            batch.counts = False
 
     def defer(self, job: Job, configuration: Configuration, marker: str) -> tuple[int, int]:
         """Hand a job over; its handle. `marker`: the key of the row that this transaction has inserted for it."""
@@ -121,7 +129,14 @@ class OnCommit:
 
     # --- news ---
 
-    def take(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> bool:
+    def take(
+        self,
+        pid: int,
+        key: int,
+        changes: dict[str, Any] | None,
+        clean_up: list[str] | None,
+        reports: Mapping[str, str],
+    ) -> bool:
         """News of a job; False if it is none of these."""
         batch = self._batches.get(pid)
         if batch is None or key not in batch.unresolved:
@@ -129,6 +144,7 @@ class OnCommit:
         if clean_up is None:
             return True
         batch.unresolved.discard(key)
+        batch.reports.update(reports)
         has_run = clean_up != messages.NOT_RUN
         if has_run and (changes is not None or not batch.session.is_clean(clean_up)):
             batch.dirty = True
@@ -140,7 +156,7 @@ class OnCommit:
 
     def _let_go(self, batch: Batch) -> None:
         del self._batches[batch.session.pid]
-        self._registry.sessions.put_back(batch.session, clean=not batch.dirty)
+        self._registry.sessions.put_back(batch.session, batch.reports, clean=not batch.dirty)
 
     def leave_behind(self) -> None:
         """Another supervisor is there: the one that has these jobs sees them to their ends."""

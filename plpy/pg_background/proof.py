@@ -26,7 +26,7 @@ class Runtime:
 
     def __init__(self, plpy: Any, memory: dict[str, Any], key: str, read_module: Callable[[str], Module]) -> None:
         del key, read_module
-        self._runtimes: dict[Any, Any] = memory["runtimes"]
+        self._memory = memory
         self._plpy = plpy
         self._server = server = ctypes.PyDLL(None)
         for name in ("GetAuthenticatedUserId", "GetSessionUserId", "GetUserId"):
@@ -48,13 +48,15 @@ class Runtime:
     def begin_anew(self) -> None:
         """Nothing is remembered of a job."""
 
-    def of(self, idle_timeout_ms: int) -> str:
+    def of(self, idle_timeout_ms: int, token: int) -> str:
         """Oids of the authenticated, the session and the current user; is_superuser; how many settings are hidden.
 
-        From now on this session ends itself when it was idle for so long; 0: never.
+        From now on this session ends itself when it was idle for so long; 0: never. token: who knows what this
+        session was given when it began ends the job with this call; whoever else asks is only told.
         """
-        for runtime in self._runtimes.values():
-            runtime.begin_anew()
+        if token == self._memory.get("token"):
+            for runtime in self._memory["runtimes"].values():
+                runtime.begin_anew()
         server = self._server
         self._set_idle_timeout(idle_timeout_ms)
         is_superuser = server.GetConfigOption(*self._is_superuser)

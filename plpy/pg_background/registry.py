@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -118,7 +118,7 @@ class Registry:
                 )
 
     def _wait_for_an_end(self, deadline: float) -> bool:
-        """Wait until a submitted worker or a job after a commit has ended; False at the deadline, or if there is none."""
+        """Wait until a submitted worker or a job after a commit has ended; False at the deadline, or if none can."""
         after_commit = self._after_commit_count()
         while after_commit or any(worker.job.submitted for worker in self.workers.values()):
             self.control.hear_or_replace()
@@ -263,6 +263,8 @@ class Registry:
             self.release(worker, at_once=True)
         for worker in self.elsewhere.values():
             worker.counted = True
+        if self.on_commit is not None:
+            self.on_commit.begin_anew()
         self.released.clear()
         self._let_go_unasked.clear()
         self._start_counting()
@@ -278,9 +280,16 @@ class Registry:
 
     # --- news from the supervisor ---
 
-    def on_ended(self, pid: int, key: int, changes: dict[str, Any] | None, clean_up: list[str] | None) -> None:
+    def on_ended(
+        self,
+        pid: int,
+        key: int,
+        changes: dict[str, Any] | None,
+        clean_up: list[str] | None,
+        reports: Mapping[str, str],
+    ) -> None:
         """A job that the supervisor reads has ended, or its session was cleaned for reuse."""
-        if self.on_commit is not None and self.on_commit.take(pid, key, changes, clean_up):
+        if self.on_commit is not None and self.on_commit.take(pid, key, changes, clean_up, reports):
             return
         worker = self.elsewhere.pop(key, None)
         if worker is not None and changes is not None:
@@ -290,7 +299,7 @@ class Registry:
             if worker.signaled:
                 clean_up = []
         if clean_up is not None:
-            self.sessions.on_cleaned(key, clean_up)
+            self.sessions.on_cleaned(key, clean_up, reports)
 
     def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
         """Another session has asked a worker to stop. If it has ended, the signal must not meet the next job."""

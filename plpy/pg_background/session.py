@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -33,6 +35,8 @@ _IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 _CONNECTION_OK = 0  # ConnStatus.OK
 
+_TOKEN_BITS = 63
+_FED_BYTES = 1 << 13
 _CLEAN_UP_S = 1.0  # then another session is taken
 
 # What PL/Python puts before the message of an error in the switch, a cancel's for example.
@@ -123,6 +127,7 @@ class WorkerSession:
         self._custom_names: frozenset[bytes] = frozenset()
         self._clean_up = _NO_CLEAN_UP  # the latest
         self._proof_oid = 0
+        self._token = secrets.randbits(_TOKEN_BITS)  # with which the clean-up shows that it is ours
         self._proven_answer = b""
         self._answers_awaited = 0
         self._first_answer: bytes | None = None  # of the clean-up: what has been read already
@@ -188,7 +193,7 @@ class WorkerSession:
 
     def _count_hidden_settings(self) -> int:
         """What the proof of this session, which no job has used, says of it."""
-        self._write_some(wire.call_message(self._proof_oid, b"0"))
+        self._write_some(wire.call_message(self._proof_oid, b"0", b"0"))
         self._answers_awaited = 1
         unread, answer = b"", wire.Answer()
         while self._answers_awaited:
@@ -223,7 +228,8 @@ class WorkerSession:
         role = f"{self.role_oid:d}, {self._is_superuser!r}"
         arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
         call = f"{'become_or_end' if ends_refused else 'become'}({arguments.replace('$', chr(92) + 'x24')})"
-        body = f"{_source_of_switch()}\n{call}\n"
+        token = f'GD.setdefault("memory of pg_background", {{}})["token"] = {self._token}'
+        body = f"{_source_of_switch()}\n{call}\n{token}\n"
         return b"DO LANGUAGE plpython3u $switch$" + body.encode("ascii") + b"$switch$"
 
     def verify(self) -> None:
@@ -286,7 +292,7 @@ class WorkerSession:
             assign, parts = self.inherited.assign, [wire.query_message(b"DISCARD ALL")]
             if self.is_switched:
                 parts += [wire.query_message(assign)] if assign else []
-                parts.append(wire.call_message(self._proof_oid, b"%d" % idle_timeout_ms))
+                parts.append(wire.call_message(self._proof_oid, b"%d" % idle_timeout_ms, b"%d" % self._token))
             else:
                 timeout = b"SET idle_session_timeout = %d; " % idle_timeout_ms
                 assignment = assign + b"; " if assign else b""
@@ -310,40 +316,60 @@ class WorkerSession:
         self._out_of_step = True
         self.write(clean_up.packet, lambda _: None)
 
-    def resynchronize(self) -> bool:
-        """Whether libpq can be used: where the supervisor has read the answer that it waits for, it gets another one.
+    def resynchronize(self, reports: Mapping[str, str]) -> bool:
+        """Whether libpq can be used: it waits for an answer that the supervisor has read, and gets another one.
 
-        libpq cannot be told that a query is over. So it reads an empty query's answer, from another socket that takes
-        the connection's place for that moment.
+        libpq cannot be told that a query is over. So it reads an empty query's answer. reports: of what else it must
+        be told.
         """
-        if self._out_of_step and self._has_libpq_read(wire.EMPTY_ANSWER):
+        if self._out_of_step and self._has_libpq_read([wire.EMPTY_ANSWER]):
             self._out_of_step = False
-        return not self._out_of_step
+        return not self._out_of_step and self._has_libpq_heard(reports)
 
-    def _has_libpq_read(self, packet: bytes) -> bool:
-        """Have libpq take in what it has not read itself, and be idle then.
+    def _has_libpq_heard(self, reports: Mapping[str, str]) -> bool:
+        """Tell libpq what has become of settings, as another has read; whether it knows that now."""
+        untold = {name: value for name, value in reports.items() if self._reported(name) != value}
+        if not untold:
+            return True
+        told = self._has_libpq_read([wire.report_message(name, value) for name, value in untold.items()])
+        return told and all(self._reported(name) == value for name, value in untold.items())
 
-        It reads that from another socket, which takes the connection's place for that moment.
+    def _reported(self, name: str) -> str:
+        return (self.connection.parameter_status(name.encode("latin-1")) or b"").decode("latin-1")
+
+    def _has_libpq_read(self, packets: Sequence[bytes]) -> bool:
+        """Have libpq take messages in that did not come from the worker, and be idle then.
+
+        It reads them from another socket, which takes the connection's place for that moment.
         """
         descriptor = self.connection.socket
         try:
             here, there = socket.socketpair()
             with here, there:
+                here.setblocking(False)
+                there.setblocking(False)
                 kept = os.dup(descriptor)
                 try:
                     os.dup2(there.fileno(), descriptor, inheritable=False)
-                    here.send(packet)
-                    self.connection.consume_input()
-                    while self.connection.is_busy():
-                        self.connection.consume_input()
-                    while self.connection.get_result() is not None:
-                        pass
+                    for packet in packets:
+                        self._feed(here, packet)
                 finally:
                     os.dup2(kept, descriptor, inheritable=False)
                     os.close(kept)
+            return self.is_idle
         except Exception:  # noqa: BLE001 - no descriptor is left (OSError), libpq gave it up (psycopg.OperationalError)
+            if self.connection.status != _CONNECTION_OK:
+                with suppress(OSError):
+                    os.close(descriptor)  # libpq has closed the one that had its number
             return False
-        return self.is_idle
+
+    def _feed(self, source: socket.socket, packet: bytes) -> None:
+        for start in range(0, len(packet), _FED_BYTES):  # so many libpq reads at once
+            source.sendall(packet[start : start + _FED_BYTES])
+            self.connection.consume_input()
+            is_busy = self.connection.is_busy()
+        while not is_busy and self.connection.get_result() is not None:
+            is_busy = self.connection.is_busy()
 
     @property
     def is_clean_up_done(self) -> bool:
@@ -379,12 +405,6 @@ class WorkerSession:
         reports = wire.reports_in(all_read)
         self._proven_answer = all_read if clean and not reports else b""
         return clean and self._has_libpq_heard(reports)
-
-    def _has_libpq_heard(self, reports: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Tell libpq, which has not read the answer, what has become of settings."""
-        if all(self.connection.parameter_status(name) == value for name, value in dict(reports).items()):
-            return True
-        return self._has_libpq_read(b"".join([wire.report_message(*report) for report in reports]))
 
     def _read_some(self, deadline: float | None) -> bytes:
         """What the worker has sent past libpq; empty when the connection has ended, or at the deadline."""

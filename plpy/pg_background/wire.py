@@ -8,7 +8,7 @@ from __future__ import annotations
 import select
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 _HEADER = struct.Struct("!cI")
@@ -49,9 +49,10 @@ def query_message(sql: bytes) -> bytes:
     return b"Q" + struct.pack("!I", len(sql) + 5) + sql + b"\0"
 
 
-def call_message(function_oid: int, argument: bytes) -> bytes:
-    """A call of a function of one argument by its oid, which no name can bend; its answer is a group as well."""
-    body = struct.pack("!IHHi", function_oid, 0, 1, len(argument)) + argument + struct.pack("!H", 0)
+def call_message(function_oid: int, *arguments: bytes) -> bytes:
+    """A call of a function by its oid, which no name can bend, its arguments as text; its answer is a group as well."""
+    texts = b"".join([struct.pack("!i", len(argument)) + argument for argument in arguments])
+    body = struct.pack("!IHH", function_oid, 0, len(arguments)) + texts + struct.pack("!H", 0)
     return b"F" + struct.pack("!I", len(body) + 4) + body
 
 
@@ -79,6 +80,7 @@ class Answer:
         self.error: bytes | None = None
         self.row: bytes | None = None
         self.complete = False
+        self.reports: Mapping[str, str] = {}  # what has become of settings
 
     def take(self, kind: bytes, body: bytes) -> None:
         """Note one message of the group."""
@@ -90,6 +92,9 @@ class Answer:
             self.row = body
         elif kind == b"V":
             self.row = _row_of(body[4:].split(b","))
+        elif kind == b"S":
+            name, value = report_of(body)
+            self.reports = {**self.reports, name: value}
         elif kind == b"Z":
             self.complete = True
 
@@ -145,17 +150,22 @@ def parse(window: bytes, answer: Answer) -> Position:
     return Position(position if verdict is None else verdict, 0)
 
 
-def reports_in(answers: bytes) -> list[tuple[bytes, bytes]]:
-    """Names and new values of settings in the ParameterStatus messages of whole answers, in their order."""
+def report_of(body: bytes) -> tuple[str, str]:
+    """A setting's name and its new value, a character for a byte, in a ParameterStatus."""
+    name, value, _ = body.decode("latin-1").split("\0", 2)
+    return name, value
+
+
+def reports_in(answers: bytes) -> dict[str, str]:
+    """The last value of each setting that whole answers tell of."""
     if b"S\0\0" not in answers:
-        return []
-    bodies = [body for kind, body in _messages(answers, 0) or () if kind == b"S"]
-    return [(name, value) for name, value, _ in (body.split(b"\0") for body in bodies)]
+        return {}
+    return dict(report_of(body) for kind, body in _messages(answers, 0) or () if kind == b"S")
 
 
-def report_message(name: bytes, value: bytes) -> bytes:
+def report_message(name: str, value: str) -> bytes:
     """A ParameterStatus."""
-    body = name + b"\0" + value + b"\0"
+    body = f"{name}\0{value}\0".encode("latin-1")
     return b"S" + struct.pack("!I", len(body) + 4) + body
 
 

@@ -106,6 +106,7 @@ class Worker:
     state = State.RUNNING
     error: Report | None = None
     unreadable: Report | None = None  # why its rows cannot be returned, however well it went
+    _keeps = True  # what it says, for its reader
     consumed = False
     counted = False
     announced = False  # the supervisor knows of it
@@ -500,10 +501,12 @@ class Worker:
 
     def _keep(self, item: Item) -> None:
         """For who reads the result. Where there is no room for it the job goes on, and the reader gets an error."""
+        if not self._keeps:
+            return
         try:
             self.backlog.append(item, max(self.job.queue_size, _KEPT_BYTES))
         except OSError as error:
-            self.unreadable = self.unreadable or report_of_system_call(error)
+            self.unreadable, self._keeps = report_of_system_call(error), False
 
     def _fail(self, report: Report) -> None:
         if self.error is None:
