@@ -528,7 +528,7 @@ INTERNAL: tuple[Internal, ...] = (
     Internal("_pg_background_progress", ("int4", "text"), "sends a worker's progress to the supervisor."),
     Internal(
         "_pg_background_proof",
-        ("int4", "int8"),
+        ("int4",),
         "a worker session's users, and how many settings are hidden in it.",
         version="all",
     ),

@@ -492,10 +492,10 @@ def test_a_marker_that_its_role_has_locked_keeps_no_other_from_being_removed(
 
 
 def test_who_calls_the_proof_lets_nothing_go(alice: Session) -> None:
-    """It ends a job for who knows the session's token, which is in no message that a job can read."""
+    """It ends a job where a launcher calls it, by the protocol and outside of any query."""
     handle = launch(alice, "SELECT 5")
-    alice.execute("SELECT _pg_background_proof(0, 0)")
+    alice.execute("SELECT _pg_background_proof(0)")
     assert result(alice, handle, "n int") == [(5,)]
-    nested = "SELECT (pg_background_launch_v2('SELECT 1')).pid, _pg_background_proof(0, 0)"
+    nested = "SELECT (pg_background_launch_v2('SELECT 1')).pid, _pg_background_proof(0)"
     nested += ", (SELECT workers_launched FROM pg_background_stats_v2())"
     assert result(alice, launch(alice, nested), "pid int, proof text, launched bigint")[0][2] == 1

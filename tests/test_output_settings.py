@@ -376,3 +376,21 @@ def test_a_reload_during_a_submitted_job_is_known_to_the_next_one(start_cluster:
         wait_until(lambda: session.value("SHOW DateStyle") == "SQL, DMY", what="the reload")
         later = launch(session, "SELECT date '2024-02-03'")
         assert read(session, later, "d - date '2024-02-01'", "d date") == [(2,)]
+
+
+def test_a_job_after_a_commit_knows_nothing_of_the_settings_of_the_one_before_it(alice: Session, conn: Session) -> None:
+    alice.execute("SET pg_background.pool_size = 1; SET DateStyle = 'SQL, DMY'")
+    before = alice.rows("SELECT * FROM pg_background_submit_v2('SELECT 1')")[0]
+    alice.execute("SELECT pg_background_drain_v2(ARRAY[(%s, %s)::pg_background_handle])", before)
+    alice.execute("RESET DateStyle")
+    with alice.transaction():
+        after = alice.rows("SELECT * FROM pg_background_submit_on_commit_v2('SELECT 1')")[0]
+    alice.execute("SELECT pg_background_wait_v2(%s, %s)", after)
+    wait_until(
+        lambda: alice.value(
+            "SELECT pg_background_result_json_v2(pid, cookie) FROM pg_background_launch_v2('SELECT 1')"
+        ),
+        what="a job",
+    )
+    later = launch(alice, "SELECT date '2024-02-03'")
+    assert read(alice, later, "d - date '2024-02-01'", "d date") == [(2,)]

@@ -191,7 +191,7 @@ def test_a_function_in_the_schema_of_before_is_not_called(
     conn.execute("ALTER EXTENSION pg_background SET SCHEMA later")
     planter = connect(mallory)
     for name, returned in (
-        ("_pg_background_proof(int4, int8)", "text"),
+        ("_pg_background_proof(int4)", "text"),
         ("_pg_background_has_committed(uuid)", "bool"),
         ("_pg_background_checked(text)", "text"),
         ("_pg_background_open_result(int4, int8)", "text"),

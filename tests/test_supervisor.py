@@ -355,7 +355,7 @@ def test_an_answer_stays_in_the_socket_until_its_job_is_announced(
             if ended.message[4] is None:  # otherwise the clean-up came with it
                 cleaned = messages.receive(link)
                 assert cleaned is not None
-                assert cleaned.message[2:] == [number, None, []]
+                assert cleaned.message[2:] == [number, None, [], {}]
             else:
                 assert ended.message[4] == []
 

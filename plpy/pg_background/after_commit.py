@@ -44,6 +44,8 @@ class AfterCommit:
             return
         self._jobs.by_key[int(row[KEY])] = job
         channel.reads = True
+        if channel.queue is None:
+            channel.reports = {}
         queue = channel.queue = channel.queue or Queue()
         queue.proof = list(extras["proof"])
         self._ledger.note(row)
@@ -74,7 +76,8 @@ class AfterCommit:
     def end_unsent(self, channel: Channel, job: Job, changes: Row) -> None:
         """A job has ended without having been sent; if it was cancelled, that is known already."""
         if channel.link is not None:
-            self._sockets.send(channel.link, [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN, {}])
+            ended = [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN, channel.reports]
+            self._sockets.send(channel.link, ended)
         if job.running:
             self._jobs.end(job, changes)
 

@@ -179,7 +179,8 @@ class Answers:
     def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
         """The worker's own session first: what others do upon the end must find it informed."""
         if channel.link is not None:
-            ended = [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up, channel.reports]
+            reports = {} if clean_up is None else channel.reports
+            ended = [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up, reports]
             self._sockets.send(channel.link, ended)
         self._jobs.end(job, changes, None)
 

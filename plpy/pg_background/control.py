@@ -6,11 +6,11 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
-from . import messages
+from . import messages, wire
 from .errors import INSUFFICIENT_RESOURCES, INTERNAL_ERROR, BackgroundError, background_error
 from .server import READABLE, WRITABLE, Server
 from .session import WorkerSession
@@ -35,7 +35,7 @@ class Listener(Protocol):
         key: int,
         changes: dict[str, Any] | None,
         clean_up: list[str] | None,
-        reports: Mapping[str, str],
+        reports: wire.Reports,
     ) -> None:
         """A submitted or detached job has ended, or its connection was cleaned for reuse."""
 
@@ -183,10 +183,10 @@ class Control:
     def _try_to_send_late(self) -> None:
         try:
             self._send_late()
-        except BlockingIOError:
-            pass  # before the next message
-        except OSError:
+        except ConnectionError:
             self._words.clear()  # the other end has gone, which who hears next will find; it had more to say
+        except OSError:
+            pass  # it does not fit: before the next message
 
     def _send_late(self) -> None:
         """What could not be sent before, while it fits. BlockingIOError, OSError."""

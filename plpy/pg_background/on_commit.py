@@ -12,7 +12,6 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from . import messages, wire
@@ -36,7 +35,7 @@ class Batch:
         self.unresolved: set[int] = set()  # keys
         self.dirty = False
         self.counts = True  # it takes a place of max_workers
-        self.reports: dict[str, str] = {}  # what has become of settings, as the supervisor has read
+        self.reports: dict[str, str | None] = {}  # what has become of settings, as the supervisor has read
 
 
 class OnCommit:
@@ -106,7 +105,7 @@ class OnCommit:
             # One that has nothing to do and says something has ended, by its idle timeout for example.
             ended = not batch.unresolved and self._server.is_readable(batch.session.connection.socket)
             if not (batch.dirty or ended) and registry.sessions.can_serve(batch.session, configuration):
-                batch.transaction = transaction
+                batch.transaction, batch.counts = transaction, True
                 return batch
         for batch in idle:
             self._let_go(batch)
@@ -135,7 +134,7 @@ class OnCommit:
         key: int,
         changes: dict[str, Any] | None,
         clean_up: list[str] | None,
-        reports: Mapping[str, str],
+        reports: wire.Reports,
     ) -> bool:
         """News of a job; False if it is none of these."""
         batch = self._batches.get(pid)

@@ -32,6 +32,7 @@ class Runtime:
         for name in ("GetAuthenticatedUserId", "GetSessionUserId", "GetUserId"):
             getattr(server, name).restype = ctypes.c_uint32
         server.GetConfigOption.restype = ctypes.c_char_p
+        self._query = ctypes.c_char_p.in_dll(server, "debug_query_string")
         self._is_superuser = (ctypes.c_char_p(b"is_superuser"), ctypes.c_bool(False), ctypes.c_bool(False))
         self._all_settings = (
             server.GetNumConfigOptions if hasattr(server, "GetNumConfigOptions") else self._list_settings
@@ -48,13 +49,16 @@ class Runtime:
     def begin_anew(self) -> None:
         """Nothing is remembered of a job."""
 
-    def of(self, idle_timeout_ms: int, token: int) -> str:
+    def of(self, idle_timeout_ms: int) -> str:
         """Oids of the authenticated, the session and the current user; is_superuser; how many settings are hidden.
 
-        From now on this session ends itself when it was idle for so long; 0: never. token: who knows what this
-        session was given when it began ends the job with this call; whoever else asks is only told.
+        From now on this session ends itself when it was idle for so long; 0: never. Called by the protocol's
+        FunctionCall, outside of any query, it ends the job of a worker session, in which nobody but its launcher can
+        call like that. It tells nothing there where the switch of the identity has left no mark.
         """
-        if token == self._memory.get("token"):
+        if self._query.value is None:
+            if not self._memory.get("is_worker"):
+                return ""
             for runtime in self._memory["runtimes"].values():
                 runtime.begin_anew()
         server = self._server

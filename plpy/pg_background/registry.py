@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import wire
 from .control import Control
 from .errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
@@ -286,7 +287,7 @@ class Registry:
         key: int,
         changes: dict[str, Any] | None,
         clean_up: list[str] | None,
-        reports: Mapping[str, str],
+        reports: wire.Reports,
     ) -> None:
         """A job that the supervisor reads has ended, or its session was cleaned for reuse."""
         if self.on_commit is not None and self.on_commit.take(pid, key, changes, clean_up, reports):

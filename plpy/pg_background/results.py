@@ -325,7 +325,7 @@ _ZONED = """CASE WHEN r.c{n} IS NULL THEN NULL
                         'detail', pg_catalog.format('"%s" stands for no single instant.', r.c{n}),
                         'hint', 'Set DateStyle to ISO in the session that launches the worker.')) IS NULL
                     THEN NULL END
-        FROM (SELECT pg_catalog.regexp_replace(r.c{n}, ' [^ :]+( BC)?$', E'\\\\1')::pg_catalog.timestamp
+        FROM (SELECT pg_catalog.regexp_replace(r.c{n}, ' [^ ]+( BC)?$', E'\\\\1')::pg_catalog.timestamp
               OFFSET 0) AS l(shown),
         LATERAL (
             SELECT pg_catalog.timezone('UTC', l.shown) OPERATOR(pg_catalog.-) (

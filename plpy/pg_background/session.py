@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,7 +33,6 @@ _IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 _CONNECTION_OK = 0  # ConnStatus.OK
 
-_TOKEN_BITS = 63
 _FED_BYTES = 1 << 13
 _CLEAN_UP_S = 1.0  # then another session is taken
 
@@ -127,7 +124,6 @@ class WorkerSession:
         self._custom_names: frozenset[bytes] = frozenset()
         self._clean_up = _NO_CLEAN_UP  # the latest
         self._proof_oid = 0
-        self._token = secrets.randbits(_TOKEN_BITS)  # with which the clean-up shows that it is ours
         self._proven_answer = b""
         self._answers_awaited = 0
         self._first_answer: bytes | None = None  # of the clean-up: what has been read already
@@ -193,7 +189,7 @@ class WorkerSession:
 
     def _count_hidden_settings(self) -> int:
         """What the proof of this session, which no job has used, says of it."""
-        self._write_some(wire.call_message(self._proof_oid, b"0", b"0"))
+        self._write_some(wire.call_message(self._proof_oid, b"0"))
         self._answers_awaited = 1
         unread, answer = b"", wire.Answer()
         while self._answers_awaited:
@@ -228,8 +224,8 @@ class WorkerSession:
         role = f"{self.role_oid:d}, {self._is_superuser!r}"
         arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
         call = f"{'become_or_end' if ends_refused else 'become'}({arguments.replace('$', chr(92) + 'x24')})"
-        token = f'GD.setdefault("memory of pg_background", {{}})["token"] = {self._token}'
-        body = f"{_source_of_switch()}\n{call}\n{token}\n"
+        mark = 'GD.setdefault("memory of pg_background", {})["is_worker"] = True'
+        body = f"{_source_of_switch()}\n{call}\n{mark}\n"
         return b"DO LANGUAGE plpython3u $switch$" + body.encode("ascii") + b"$switch$"
 
     def verify(self) -> None:
@@ -292,7 +288,7 @@ class WorkerSession:
             assign, parts = self.inherited.assign, [wire.query_message(b"DISCARD ALL")]
             if self.is_switched:
                 parts += [wire.query_message(assign)] if assign else []
-                parts.append(wire.call_message(self._proof_oid, b"%d" % idle_timeout_ms, b"%d" % self._token))
+                parts.append(wire.call_message(self._proof_oid, b"%d" % idle_timeout_ms))
             else:
                 timeout = b"SET idle_session_timeout = %d; " % idle_timeout_ms
                 assignment = assign + b"; " if assign else b""
@@ -316,7 +312,7 @@ class WorkerSession:
         self._out_of_step = True
         self.write(clean_up.packet, lambda _: None)
 
-    def resynchronize(self, reports: Mapping[str, str]) -> bool:
+    def resynchronize(self, reports: wire.Reports) -> bool:
         """Whether libpq can be used: it waits for an answer that the supervisor has read, and gets another one.
 
         libpq cannot be told that a query is over. So it reads an empty query's answer. reports: of what else it must
@@ -326,12 +322,11 @@ class WorkerSession:
             self._out_of_step = False
         return not self._out_of_step and self._has_libpq_heard(reports)
 
-    def _has_libpq_heard(self, reports: Mapping[str, str]) -> bool:
+    def _has_libpq_heard(self, reports: wire.Reports) -> bool:
         """Tell libpq what has become of settings, as another has read; whether it knows that now."""
         untold = {name: value for name, value in reports.items() if self._reported(name) != value}
-        if not untold:
-            return True
-        told = self._has_libpq_read([wire.report_message(name, value) for name, value in untold.items()])
+        packets = [wire.report_message(name, value) for name, value in untold.items() if value is not None]
+        told = not packets or self._has_libpq_read(packets)
         return told and all(self._reported(name) == value for name, value in untold.items())
 
     def _reported(self, name: str) -> str:
@@ -356,12 +351,11 @@ class WorkerSession:
                 finally:
                     os.dup2(kept, descriptor, inheritable=False)
                     os.close(kept)
-            return self.is_idle
+                    if self.connection.status != _CONNECTION_OK:
+                        os.close(descriptor)  # libpq has closed the one that had its number
         except Exception:  # noqa: BLE001 - no descriptor is left (OSError), libpq gave it up (psycopg.OperationalError)
-            if self.connection.status != _CONNECTION_OK:
-                with suppress(OSError):
-                    os.close(descriptor)  # libpq has closed the one that had its number
             return False
+        return self.is_idle
 
     def _feed(self, source: socket.socket, packet: bytes) -> None:
         for start in range(0, len(packet), _FED_BYTES):  # so many libpq reads at once

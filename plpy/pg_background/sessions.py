@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from . import messages
+from . import messages, wire
 from .control import Control
 from .errors import TOO_MANY_CONNECTIONS, BackgroundError
 from .inheritance import Inheritance
@@ -273,13 +273,13 @@ class Sessions:
         """The supervisor has seen the end of this job, and will tell of the clean-up that follows it."""
         self._being_cleaned[key] = session
 
-    def on_cleaned(self, key: int, answer: Sequence[str | None], reports: Mapping[str, str]) -> None:
+    def on_cleaned(self, key: int, answer: Sequence[str | None], reports: wire.Reports) -> None:
         """What the supervisor has read behind a job's end; reports: what has become of settings."""
         session = self._being_cleaned.pop(key, None)
         if session is not None:
             self.put_back(session, reports, clean=session.is_clean(answer))
 
-    def put_back(self, session: WorkerSession, reports: Mapping[str, str], *, clean: bool) -> None:
+    def put_back(self, session: WorkerSession, reports: wire.Reports, *, clean: bool) -> None:
         """Keep a session for the next job, or end it."""
         if clean and self._has_room_for(session) and session.resynchronize(reports):
             self._pool.put(session)

@@ -72,7 +72,7 @@ class Channel:
         self.answer = wire.Answer()
         self.answers_left = 0
         self.unclean = False  # an answer to the clean-up was an error
-        self.reports: dict[str, str] = {}  # what has become of settings, as the job's answers say
+        self.reports: dict[str, str | None] = {}  # what has become of settings, as the job's answers say
         self.skip = 0
         self.window = WINDOW_BYTES
         self.tail = b""

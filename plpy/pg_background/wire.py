@@ -9,7 +9,7 @@ import select
 import socket
 import struct
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 _HEADER = struct.Struct("!cI")
 _TYPES = frozenset(bytes((code,)) for code in b"123ACDEGHIKNRSTVWcdnstvZ")
@@ -23,6 +23,7 @@ _NEXT_STATEMENT = b"TDCEI"
 _KEPT_ROW_BYTES = 256
 # Longer messages are not waited for until they are there whole.
 _MAX_WHOLE_BYTES = 1 << 15
+_MAX_REPORT_BYTES = 1 << 13
 
 # As integers: the socket module's are enums, which take their time.
 PEEK, _DO_NOT_WAIT = int(socket.MSG_PEEK), int(socket.MSG_DONTWAIT)
@@ -49,10 +50,9 @@ def query_message(sql: bytes) -> bytes:
     return b"Q" + struct.pack("!I", len(sql) + 5) + sql + b"\0"
 
 
-def call_message(function_oid: int, *arguments: bytes) -> bytes:
-    """A call of a function by its oid, which no name can bend, its arguments as text; its answer is a group as well."""
-    texts = b"".join([struct.pack("!i", len(argument)) + argument for argument in arguments])
-    body = struct.pack("!IHH", function_oid, 0, len(arguments)) + texts + struct.pack("!H", 0)
+def call_message(function_oid: int, argument: bytes) -> bytes:
+    """A call of a function of one argument by its oid, which no name can bend; its answer is a group as well."""
+    body = struct.pack("!IHHi", function_oid, 0, 1, len(argument)) + argument + struct.pack("!H", 0)
     return b"F" + struct.pack("!I", len(body) + 4) + body
 
 
@@ -70,6 +70,10 @@ def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None]) -> byte
     return b"".join([kind + struct.pack("!I", len(body) + 4) + body for kind, body in messages])
 
 
+# What has become of settings, a character for a byte; None: longer than libpq takes it.
+Reports = Mapping[str, Optional[str]]
+
+
 class Answer:
     """What matters of a group of messages: its last command tags, its error, its last row."""
 
@@ -80,7 +84,7 @@ class Answer:
         self.error: bytes | None = None
         self.row: bytes | None = None
         self.complete = False
-        self.reports: Mapping[str, str] = {}  # what has become of settings
+        self.reports: Reports = {}
 
     def take(self, kind: bytes, body: bytes) -> None:
         """Note one message of the group."""
@@ -150,13 +154,14 @@ def parse(window: bytes, answer: Answer) -> Position:
     return Position(position if verdict is None else verdict, 0)
 
 
-def report_of(body: bytes) -> tuple[str, str]:
-    """A setting's name and its new value, a character for a byte, in a ParameterStatus."""
-    name, value, _ = body.decode("latin-1").split("\0", 2)
-    return name, value
+def report_of(body: bytes) -> tuple[str, str | None]:
+    """A setting's name and its new value in a ParameterStatus, of which this may be the start only."""
+    name, _, rest = body.decode("latin-1").partition("\0")
+    value, end, _ = rest.partition("\0")
+    return name, value if end and len(value) <= _MAX_REPORT_BYTES else None
 
 
-def reports_in(answers: bytes) -> dict[str, str]:
+def reports_in(answers: bytes) -> Reports:
     """The last value of each setting that whole answers tell of."""
     if b"S\0\0" not in answers:
         return {}

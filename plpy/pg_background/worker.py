@@ -506,7 +506,7 @@ class Worker:
         try:
             self.backlog.append(item, max(self.job.queue_size, _KEPT_BYTES))
         except OSError as error:
-            self.unreadable, self._keeps = report_of_system_call(error), False
+            self.unreadable, self._keeps = self.unreadable or report_of_system_call(error), False
 
     def _fail(self, report: Report) -> None:
         if self.error is None:
