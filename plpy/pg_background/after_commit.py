@@ -10,7 +10,7 @@ from typing import Any
 
 from . import messages, wire
 from .deferral import Deferred, Packet, Queue, packet_from
-from .jobs import Jobs
+from .jobs import Jobs, announced_row
 from .ledger import Ledger
 from .outcomes import outcome_of, rolled_back, timestamp
 from .sockets import Sockets
@@ -34,11 +34,9 @@ class AfterCommit:
     def on_defer(self, link: Link, descriptors: list[int], announcement: list[Any], extras: dict[str, Any]) -> None:
         """A session hands a job over; its packet is in the file whose descriptor is the last one."""
         packet = _packet_in(descriptors.pop(), extras)
-        row = self._jobs.row_of(link, announcement)
-        pid = int(row["pid"])
-        if descriptors:
-            self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel, job = self._sockets.channels.get(pid), Job(row, extras["started_ns"], None, extras)
+        row = announced_row(link, announcement)
+        channel = self._jobs.channel_for(link, row, descriptors)
+        job = Job(row, extras["started_ns"], None, extras)
         if channel is None:
             self._jobs.refuse(link, job)
             return
@@ -76,8 +74,8 @@ class AfterCommit:
     def end_unsent(self, channel: Channel, job: Job, changes: Row) -> None:
         """A job has ended without having been sent; if it was cancelled, that is known already."""
         if channel.link is not None:
-            ended = [messages.ENDED, channel.pid, job.row[KEY], changes, messages.NOT_RUN, channel.reports]
-            self._sockets.send(channel.link, ended)
+            ended = messages.Ended(channel.pid, job.row[KEY], changes, messages.NOT_RUN, channel.reports)
+            self._sockets.send(channel.link, ended.message())
         if job.running:
             self._jobs.end(job, changes)
 
@@ -138,8 +136,7 @@ class AfterCommit:
         job.started = time.monotonic()
         job.row["launched_at"] = timestamp()
         self._ledger.note(job.row)
-        channel.previous, channel.job = channel.job, job
-        channel.answer, channel.answers_left, channel.unclean = wire.Answer(), 1 + job.groups_after, False
+        channel.begin(job)
         if item.timeout_ms:
             self._jobs.add_deadline(job, item.timeout_ms)
         queue.runs = True

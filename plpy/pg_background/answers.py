@@ -151,8 +151,7 @@ class Answers:
         return channel.job is not None and channel.answers_left == channel.job.groups_after + 1
 
     def _take_outcome(self, channel: Channel) -> None:
-        answer, channel.answer = channel.answer, wire.Answer()
-        channel.reports.update(answer.reports)
+        answer = channel.take_answer()
         channel.answers_left -= 1
         assert channel.job is not None
         if channel.job.running:
@@ -160,8 +159,7 @@ class Answers:
 
     def _take_other_answer(self, channel: Channel) -> None:
         """A verdict on a job that waits for a commit, or a part of a clean-up."""
-        answer, channel.answer = channel.answer, wire.Answer()
-        channel.reports.update(answer.reports)
+        answer = channel.take_answer()
         if self._after_commit.take_answer(channel, answer):
             return
         channel.answers_left -= 1
@@ -173,15 +171,15 @@ class Answers:
         row = self._clean_up_of(answer, unclean=channel.unclean)
         if link is not None:
             self._sockets.unwatch(channel)
-            self._sockets.send(link, [messages.ENDED, channel.pid, job.row[KEY], None, row, channel.reports])
+            self._sockets.send(link, messages.Ended(channel.pid, job.row[KEY], None, row, channel.reports).message())
         self._after_commit.take_clean_up(channel, row)
 
     def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
         """The worker's own session first: what others do upon the end must find it informed."""
         if channel.link is not None:
             reports = {} if clean_up is None else channel.reports
-            ended = [messages.ENDED, channel.pid, job.row[KEY], changes, clean_up, reports]
-            self._sockets.send(channel.link, ended)
+            ended = messages.Ended(channel.pid, job.row[KEY], changes, clean_up, reports)
+            self._sockets.send(channel.link, ended.message())
         self._jobs.end(job, changes, None)
 
     def _lost(self, channel: Channel, received: bytes | None) -> bool:
@@ -194,8 +192,8 @@ class Answers:
             changes = self._outcome_of(job, answer) if answer.error else lost_connection(job)
             self._tell_ended(channel, job, changes, [])
         elif job is not None and channel.link is not None and channel.answers_left:
-            in_clean_up = [messages.ENDED, channel.pid, job.row[KEY], None, [], {}]
-            self._sockets.send(channel.link, in_clean_up)
+            in_clean_up = messages.Ended(channel.pid, job.row[KEY], None, [])
+            self._sockets.send(channel.link, in_clean_up.message())
         if channel.queue is not None:
             for item in channel.queue.unstarted():
                 self._after_commit.end_unsent(channel, item.job, lost_connection(item.job))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _PACKAGE = "pg_background"
+MEMORY = f"memory of {_PACKAGE}"  # the place in GD of what must live as long as the backend
 _FUNCTION_PREFIX = "_pg_background_module_"
 _QUOTE = "$" + "module$"  # in two parts: the install script quotes this very text with it
 
@@ -147,7 +148,7 @@ def load(plpy: Any, gd: dict[Any, Any], key: str, module: str) -> Any:
 
     A runtime of other sources (before ALTER EXTENSION UPDATE, say) lets its workers go on to their ends first.
     """
-    memory = gd.setdefault("memory of " + _PACKAGE, {})
+    memory = gd.setdefault(MEMORY, {})
     runtimes = memory.setdefault("runtimes", {})
     read_module = module_reader(plpy)
     if memory.get("key") != key:

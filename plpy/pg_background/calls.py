@@ -74,7 +74,6 @@ class Runtime:
     def begin_anew(self) -> None:
         """This session is a worker's, and its job has ended: the next one is to see nothing of what it launched."""
         self._reading.clear()
-        self.__dict__.pop("_beyond", None)
         self._registry.begin_anew()
 
     @reply

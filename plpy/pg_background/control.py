@@ -8,16 +8,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
-from . import messages, wire
+from . import messages
 from .errors import INSUFFICIENT_RESOURCES, INTERNAL_ERROR, BackgroundError, background_error
 from .server import READABLE, WRITABLE, Server
 from .session import WorkerSession
 from .starter import APPLICATION_NAME, Start, Starter
-
-if TYPE_CHECKING:
-    pass
 
 _START_TIMEOUT_S = 30.0
 _RETRY_S = 0.002
@@ -29,14 +26,7 @@ WaitFor = Callable[[Sequence[tuple[int, int]]], object]
 class Listener(Protocol):
     """Who a session's news is for."""
 
-    def on_ended(
-        self,
-        pid: int,
-        key: int,
-        changes: dict[str, Any] | None,
-        clean_up: list[str] | None,
-        reports: wire.Reports,
-    ) -> None:
+    def on_ended(self, ended: messages.Ended) -> None:
         """A submitted or detached job has ended, or its connection was cleaned for reuse."""
 
     def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
@@ -65,7 +55,6 @@ class Control:
     def __init__(self, server: Server, starter: Starter) -> None:
         self._server = server
         self._starter = starter
-        self._path = starter.path
         self._socket: socket.socket | None = None
         self._requests = 0
         self._replies: dict[int, Any] = {}
@@ -114,7 +103,7 @@ class Control:
 
     def prepare(self) -> None:
         """Have a supervisor started where there is none, without waiting for it: ensure() does that."""
-        if self._socket is None and self._starting is None and not os.path.exists(self._path):
+        if self._socket is None and self._starting is None and not os.path.exists(self._starter.path):
             self._starting = self._starter.begin()
 
     def _connection(self) -> socket.socket:
@@ -241,8 +230,7 @@ class Control:
 
     def hear(self) -> None:
         """Take in all news that has come, without waiting."""
-        with suppress(OSError):
-            self._send_late()
+        self._try_to_send_late()
         while self._socket is not None:
             try:
                 received = messages.receive(self._socket)
@@ -281,7 +269,7 @@ class Control:
     def _take(self, message: list[Any]) -> None:
         kind, *arguments = message
         if kind == messages.ENDED and self.listener is not None:
-            self.listener.on_ended(*arguments)
+            self.listener.on_ended(messages.Ended(*arguments))
         elif kind == messages.CANCELING and self.listener is not None:
             self.listener.on_canceling(*arguments)
         elif kind == messages.REPLY and arguments[0] in self._awaited:
@@ -337,7 +325,7 @@ class Control:
         connection = messages.control_socket()
         try:
             connection.setblocking(False)
-            connection.connect(self._path)
+            connection.connect(self._starter.path)
             messages.send(connection, [messages.HELLO, self._starter.digest])
             deadline = time.monotonic() + _START_TIMEOUT_S
             self._server.wait_for(((connection.fileno(), READABLE),), deadline)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from . import messages, wire
+from . import messages
 from .ledger import Ledger
 from .outcomes import LOST, lost_connection, timestamp
 from .reports import Reports
@@ -16,6 +16,13 @@ from .store import ENDS, KEY, Row
 from .supervised import Channel, Job, Link
 
 _REMEMBERED = 2000  # finished jobs that questions find in memory
+
+
+def announced_row(link: Link, announcement: list[Any]) -> Row:
+    """What the row of a new job begins with."""
+    row = messages.Announcement(*announcement).row()
+    row["launcher_pid"], row["launcher_start"] = link.pid, link.process_start
+    return row
 
 
 class Jobs:
@@ -30,11 +37,12 @@ class Jobs:
         self.unwatched: set[int] = set()  # keys of those whose sockets are watched from the next tick on
         self._deadlines: list[tuple[float, int]] = []  # a heap, of time.monotonic() and key
 
-    def row_of(self, link: Link, announcement: list[Any]) -> Row:
-        """What the row of a new job begins with."""
-        row = messages.Announcement(*announcement).row()
-        row["launcher_pid"], row["launcher_start"] = link.pid, link.process_start
-        return row
+    def channel_for(self, link: Link, row: Row, descriptors: list[int]) -> Channel | None:
+        """That of a new job's worker, whose socket has come along unless it was here; None where it was given up."""
+        pid = int(row["pid"])
+        if descriptors:
+            self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
+        return self._sockets.channels.get(pid)
 
     # --- what sessions tell ---
 
@@ -48,15 +56,13 @@ class Jobs:
         extras: dict[str, Any],
     ) -> None:
         """A job is about to be sent, or is handed over by a session whose supervisor has gone."""
-        row = self.row_of(link, announcement)
+        row = announced_row(link, announcement)
         pid, key = int(row["pid"]), int(row[KEY])
         if extras.get("again"):
             row = self._row_so_far(dict(row, consumed=extras["consumed"]))
         if self._has_already(link, pid, key):
             return
-        if descriptors:
-            self._sockets.adopt(link, pid, row["process_start"], descriptors.pop(0))
-        channel = self._sockets.channels.get(pid)
+        channel = self.channel_for(link, row, descriptors)
         job = Job(row, started_ns, tags_of_commit, extras)
         if channel is None:
             self.refuse(link, job)
@@ -68,11 +74,8 @@ class Jobs:
     def _begin(self, channel: Channel, link: Link, job: Job, extras: dict[str, Any]) -> None:
         key: int = job.row[KEY]
         self.by_key[key] = job
-        channel.previous, channel.job = channel.job, job
+        channel.begin(job)
         channel.writing = bool(extras.get("writing"))
-        channel.answer = wire.Answer()
-        channel.answers_left = 1 + job.groups_after
-        channel.unclean = False
         channel.reports = {}
         self._ledger.note(job.row)
         timeout_ms = extras.get("timeout_ms", 0)
@@ -93,7 +96,7 @@ class Jobs:
         """A job in a connection that was given up here: what its session has sent behind this must be heard."""
         changes = lost_connection(job)
         self.by_key[job.row[KEY]] = job
-        self._sockets.send(link, [messages.ENDED, job.row["pid"], job.row[KEY], changes, [], {}])
+        self._sockets.send(link, messages.Ended(job.row["pid"], job.row[KEY], changes, []).message())
         self.end(job, changes)
 
     def _keep_ended(self, channel: Channel, link: Link, job: Job, *, read_here: bool) -> None:
@@ -129,7 +132,7 @@ class Jobs:
     def _tell_end(self, link: Link, row: Row, clean_up: list[str | None] | None) -> None:
         """A submitted or detached job that ended before its session could hear of it."""
         changes = {name: value for name, value in row.items() if name in ENDS and value is not None}
-        self._sockets.send(link, [messages.ENDED, row["pid"], row[KEY], changes, clean_up, {}])
+        self._sockets.send(link, messages.Ended(row["pid"], row[KEY], changes, clean_up).message())
 
     def on_writing(self, _: Link, pid: int, writing: bool) -> None:
         """A session has sent a part of its job, or now all of it."""

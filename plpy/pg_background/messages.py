@@ -13,7 +13,7 @@ import json.encoder
 import os
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
@@ -50,8 +50,7 @@ RECORD = "record"  # row that the sender cannot write any more; sessions send it
 # supervisor -> session
 WELCOME = "welcome"
 OTHER_RUNTIME = "other runtime"  # in place of WELCOME: this supervisor makes room for a newer one
-# worker pid, key, changed columns of the row, the clean-up's answer or null, new values of settings by their names
-ENDED = "ended"
+ENDED = "ended"  # the fields of Ended
 # worker pid, key, time.monotonic() of its termination or null: a session has asked the worker to stop
 CANCELING = "canceling"
 MOVED = "moved"  # another supervisor will take over: connect anew
@@ -59,7 +58,7 @@ NO_DESCRIPTOR = "no descriptor"  # this supervisor may not open more files; the 
 REPLY = "reply"  # request, value
 
 # In place of a clean-up's answer: a deferred job has ended without having been sent.
-NOT_RUN = ["not run"]
+NOT_RUN: list[str | None] = ["not run"]
 
 # What both ends say of a job that the server was made to stop.
 TIMED_OUT = "canceling background worker due to pg_background.worker_timeout"
@@ -130,6 +129,20 @@ class Announcement(NamedTuple):
 def moment(microseconds: int) -> datetime:
     """So long after the epoch, in UTC."""
     return _EPOCH + timedelta(microseconds=microseconds)
+
+
+class Ended(NamedTuple):
+    """What a session is told of the end of a job that the supervisor reads, or of the clean-up behind it."""
+
+    pid: int
+    key: int
+    changes: dict[str, Any] | None  # in the columns of its row; None where they were told before
+    clean_up: list[str | None] | None  # its answer; None where that is still to come
+    reports: Mapping[str, str | None] = {}  # with a clean-up: what has become of settings
+
+    def message(self) -> list[Any]:
+        """As it is sent."""
+        return [ENDED, *self]
 
 
 class Received(NamedTuple):

@@ -12,7 +12,7 @@ import os
 import secrets
 import time
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import messages, wire
 from .control import SessionLeftError
@@ -128,26 +128,19 @@ class OnCommit:
 
     # --- news ---
 
-    def take(
-        self,
-        pid: int,
-        key: int,
-        changes: dict[str, Any] | None,
-        clean_up: list[str] | None,
-        reports: wire.Reports,
-    ) -> bool:
+    def take(self, ended: messages.Ended) -> bool:
         """News of a job; False if it is none of these."""
-        batch = self._batches.get(pid)
-        if batch is None or key not in batch.unresolved:
+        batch = self._batches.get(ended.pid)
+        if batch is None or ended.key not in batch.unresolved:
             return False
-        if clean_up is None:
+        if ended.clean_up is None:
             return True
-        batch.unresolved.discard(key)
-        batch.reports.update(reports)
-        has_run = clean_up != messages.NOT_RUN
-        if has_run and (changes is not None or not batch.session.is_clean(clean_up)):
+        batch.unresolved.discard(ended.key)
+        batch.reports.update(ended.reports)
+        has_run = ended.clean_up != messages.NOT_RUN
+        if has_run and (ended.changes is not None or not batch.session.is_clean(ended.clean_up)):
             batch.dirty = True
-        if not has_run and (changes or {}).get("sqlstate") != messages.ROLLED_BACK:
+        if not has_run and (ended.changes or {}).get("sqlstate") != messages.ROLLED_BACK:
             batch.dirty = True  # its guard failed, or an earlier job could not be cleaned up after
         if has_run and not batch.unresolved:  # so the transaction is over
             self._let_go(batch)

@@ -6,9 +6,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from . import wire
+from . import messages
 from .control import Control
 from .errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
@@ -281,26 +281,20 @@ class Registry:
 
     # --- news from the supervisor ---
 
-    def on_ended(
-        self,
-        pid: int,
-        key: int,
-        changes: dict[str, Any] | None,
-        clean_up: list[str] | None,
-        reports: wire.Reports,
-    ) -> None:
+    def on_ended(self, ended: messages.Ended) -> None:
         """A job that the supervisor reads has ended, or its session was cleaned for reuse."""
-        if self.on_commit is not None and self.on_commit.take(pid, key, changes, clean_up, reports):
+        if self.on_commit is not None and self.on_commit.take(ended):
             return
-        worker = self.elsewhere.pop(key, None)
-        if worker is not None and changes is not None:
-            worker.on_ended(changes)
+        clean_up = ended.clean_up
+        worker = self.elsewhere.pop(ended.key, None)
+        if worker is not None and ended.changes is not None:
+            worker.on_ended(ended.changes)
             self.count_end(worker)
-            self.sessions.await_clean_up(key, worker.session)
+            self.sessions.await_clean_up(ended.key, worker.session)
             if worker.signaled:
                 clean_up = []
         if clean_up is not None:
-            self.sessions.on_cleaned(key, clean_up, reports)
+            self.sessions.on_cleaned(ended.key, clean_up, ended.reports)
 
     def on_canceling(self, pid: int, key: int, terminate_at: float | None) -> None:
         """Another session has asked a worker to stop. If it has ended, the signal must not meet the next job."""

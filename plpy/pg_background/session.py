@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import settings, switch, wire
+from .bootstrap import MEMORY
 from .errors import (
     CONNECTION_FAILURE,
     INTERNAL_ERROR,
@@ -224,7 +225,7 @@ class WorkerSession:
         role = f"{self.role_oid:d}, {self._is_superuser!r}"
         arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
         call = f"{'become_or_end' if ends_refused else 'become'}({arguments.replace('$', chr(92) + 'x24')})"
-        mark = 'GD.setdefault("memory of pg_background", {})["is_worker"] = True'
+        mark = f'GD.setdefault("{MEMORY}", {{}})["is_worker"] = True'
         body = f"{_source_of_switch()}\n{call}\n{mark}\n"
         return b"DO LANGUAGE plpython3u $switch$" + body.encode("ascii") + b"$switch$"
 

@@ -77,6 +77,17 @@ class Channel:
         self.window = WINDOW_BYTES
         self.tail = b""
 
+    def begin(self, job: Job) -> None:
+        """The next answer is this job's, and those of its clean-up follow."""
+        self.previous, self.job = self.job, job
+        self.answer, self.answers_left, self.unclean = wire.Answer(), 1 + job.groups_after, False
+
+    def take_answer(self) -> wire.Answer:
+        """The answer that has come whole; another one begins."""
+        answer, self.answer = self.answer, wire.Answer()
+        self.reports.update(answer.reports)
+        return answer
+
     def waiting_job(self, cookie: int) -> Job | None:
         """The job with this cookie, if it waits here for a commit."""
         jobs = [item.job for item in self.queue.unstarted()] if self.queue is not None else []

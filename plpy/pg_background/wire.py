@@ -97,7 +97,7 @@ class Answer:
         elif kind == b"V":
             self.row = _row_of(body[4:].split(b","))
         elif kind == b"S":
-            name, value = report_of(body)
+            name, value = _report_of(body)
             self.reports = {**self.reports, name: value}
         elif kind == b"Z":
             self.complete = True
@@ -154,7 +154,7 @@ def parse(window: bytes, answer: Answer) -> Position:
     return Position(position if verdict is None else verdict, 0)
 
 
-def report_of(body: bytes) -> tuple[str, str | None]:
+def _report_of(body: bytes) -> tuple[str, str | None]:
     """A setting's name and its new value in a ParameterStatus, of which this may be the start only."""
     name, _, rest = body.decode("latin-1").partition("\0")
     value, end, _ = rest.partition("\0")
@@ -165,7 +165,7 @@ def reports_in(answers: bytes) -> Reports:
     """The last value of each setting that whole answers tell of."""
     if b"S\0\0" not in answers:
         return {}
-    return dict(report_of(body) for kind, body in _messages(answers, 0) or () if kind == b"S")
+    return dict(_report_of(body) for kind, body in _messages(answers, 0) or () if kind == b"S")
 
 
 def report_message(name: str, value: str) -> bytes:
