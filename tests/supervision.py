@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.clusters import SUPERVISOR_NAME, Session, wait_until
+from tests.clusters import SUPERVISOR_NAME, Cluster, Session, wait_until
 
 _SUPERVISORS = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
 
@@ -30,6 +30,17 @@ def terminate_supervisor(session: Session) -> int:
     pid = supervisor_pid(session)
     assert session.value("SELECT pg_terminate_backend(%s, 5000)", (pid,)) is True
     return pid
+
+
+def control_path(cluster: Cluster, session: Session) -> Path:
+    """The control socket of the session's database."""
+    oid = session.value("SELECT oid FROM pg_database WHERE datname = current_database()")
+    return cluster.datadir / f"base/pgsql_tmp/pgsql_tmp_pg_background.{oid}"
+
+
+def cpu_seconds(pid: int) -> float:
+    """User and system time that a process has used."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text("ascii").split()[0]) / 1e9
 
 
 def descriptors(pid: int) -> int:

@@ -23,8 +23,8 @@ from psycopg import sql
 from sql_templates.api import INTERNAL
 from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
-from tests.supervision import supervisor_pid, terminate_supervisor
-from tests.test_supervisor import control_path, stranger
+from tests.supervision import control_path, supervisor_pid, terminate_supervisor
+from tests.test_supervisor import stranger
 
 Connect = Callable[..., Session]
 NewRole = Callable[..., Role]

@@ -6,7 +6,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from psycopg import sql
 
 from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Role, Session, sqlstate, wait_until
+from tests.supervision import cpu_seconds
 
 WAKE_SECONDS = 0.05  # in the suite, on a loaded machine; on an idle one the median is below 5 ms
 MANY = 100
@@ -410,11 +410,11 @@ def test_wait_any_wakes_at_once_among_many(connect: Callable[..., Session], conn
     late = []
     for n in (count, count // 2, 30, 7, 1):  # descending: what is removed is behind the next one
         threading.Timer(0.15, conn.execute, ("SELECT pg_advisory_unlock(80, %s)", (n,))).start()
-        before = _cpu_seconds(launcher)
+        before = cpu_seconds(launcher.pid)
         ended = wait_any(launcher, handles)
         now = launcher.value("SELECT clock_timestamp()")
         assert ended == handles[n - 1]
-        assert _cpu_seconds(launcher) - before < 0.05
+        assert cpu_seconds(launcher.pid) - before < 0.05
         handles.remove(ended)
         late.append((now - result(launcher, ended, "at timestamptz")[0][0]).total_seconds())
     print(f"wait_any among {count}: woken after {statistics.median(late) * 1000:.1f} ms (median)")
@@ -422,10 +422,6 @@ def test_wait_any_wakes_at_once_among_many(connect: Callable[..., Session], conn
     conn.execute("SELECT pg_advisory_unlock_all()")
     outcomes = launcher.rows(f"SELECT state FROM pg_background_drain_v2({array(handles)}, 60000)")
     assert outcomes == [("stopped",)] * len(handles)
-
-
-def _cpu_seconds(session: Session) -> float:
-    return int(Path(f"/proc/{session.pid}/schedstat").read_text("ascii").split()[0]) / 1e9
 
 
 def test_drain_tells_all_outcomes_in_order_and_lets_go(alice: Session) -> None:

@@ -24,8 +24,7 @@ import pytest
 
 from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, server_log, server_log_size, sqlstate, wait_until
-from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
-from tests.test_supervisor import control_path
+from tests.supervision import control_path, descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
 from tests.test_survival import ended, outcome, submit
 
 pytestmark = pytest.mark.local_server

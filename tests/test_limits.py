@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import fcntl
 import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psycopg
@@ -16,6 +17,7 @@ from psycopg import sql
 
 from tests.background import Handle, detach, launch, listed, result, run, wait
 from tests.clusters import Cluster, Session, sqlstate, wait_until
+from tests.supervision import control_path, cpu_seconds, supervisor_pids, terminate_supervisor
 
 Connect = Callable[..., Session]
 
@@ -28,12 +30,6 @@ def launch_many(session: Session, handles: list[Handle]) -> None:
     """Adds to the handles until a launch fails, or there are 40."""
     while len(handles) < 40:
         handles.append(launch(session, "SELECT 'x' FROM pg_sleep(0.2)"))
-
-
-def cpu_seconds(pid: int) -> float:
-    """User and system time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- max_workers ----------------------------------------------------------------------------------
@@ -163,6 +159,61 @@ def connect_when_free(cluster: Cluster, dbname: str) -> Session:
 
     wait_until(connected)
     return found[0]
+
+
+@pytest.mark.local_server
+def test_a_launch_that_waits_for_a_connection_lets_others_start_the_supervisor(small: tuple[Cluster, Session]) -> None:
+    cluster, session = small
+    dbname = session.info.dbname
+    others = [cluster.connect(dbname, "ordinary") for _ in range(10)]
+    with cluster.connect(dbname) as admin, ThreadPoolExecutor(1) as pool:
+        path = control_path(cluster, admin)
+        terminate_supervisor(admin)
+        wait_until(lambda: not path.exists())
+        others[0].execute("SET pg_background.launch_timeout = '20s'")
+        launched = pool.submit(launch, others[0], "SELECT 'late'")  # a supervisor has the last connection
+        wait_until(lambda: supervisor_pids(admin))
+        wait_until(lambda: is_free(path.with_name(path.name + ".start")), what="the right to start one")
+        assert not launched.done()
+        others.pop().close()
+        assert result(others[0], launched.result()) == [("late",)]
+    for other in others:
+        other.close()
+
+
+@pytest.mark.local_server
+@pytest.mark.parametrize("call", ["launch_v2", "submit_v2", "submit_on_commit_v2"])
+def test_launch_timeout_waits_for_the_supervisors_connection_as_well(small: tuple[Cluster, Session], call: str) -> None:
+    cluster, session = small
+    dbname = session.info.dbname
+    others = [cluster.connect(dbname, "ordinary") for _ in range(10)]
+    with cluster.connect(dbname) as admin, ThreadPoolExecutor(1) as pool:
+        path = control_path(cluster, admin)
+        terminate_supervisor(admin)
+        wait_until(lambda: not path.exists())
+        others.append(connect_when_free(cluster, dbname))
+        query = f"SELECT pid, cookie FROM pg_background_{call}('SELECT 1')"
+        with sqlstate("53300"):
+            others[0].execute(query)
+        others[0].execute("SET pg_background.launch_timeout = '20s'")
+        launched = pool.submit(others[0].rows, query)
+        with pytest.raises(TimeoutError):
+            launched.result(0.5)
+        for _ in range(2):
+            others.pop().close()
+        wait(others[0], Handle(*launched.result()[0]))
+    for other in others:
+        other.close()
+
+
+def is_free(path: Path) -> bool:
+    """Whether nobody holds the lock of this file."""
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
 
 @pytest.mark.local_server

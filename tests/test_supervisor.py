@@ -23,7 +23,15 @@ from pg_background.process import process_start
 
 from tests.background import Handle, detach, is_idle, is_waiting, launch, listed, result, run, wait
 from tests.clusters import Cluster, Role, Session, server_log, server_log_size, sqlstate, wait_until
-from tests.supervision import descriptors, stopped, supervisor_pid, supervisor_pids, terminate_supervisor
+from tests.supervision import (
+    control_path,
+    cpu_seconds,
+    descriptors,
+    stopped,
+    supervisor_pid,
+    supervisor_pids,
+    terminate_supervisor,
+)
 from tests.test_survival import ended, submit
 
 LOAD_SECONDS = 60 if os.environ.get("PG_BACKGROUND_LONG") else 3
@@ -38,12 +46,6 @@ def busy(fresh_database: str, alice: Session) -> Iterator[Handle]:
     if not alice.closed:
         with suppress(psycopg.Error):
             alice.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 0)", handle)
-
-
-def control_path(cluster: Cluster, session: Session) -> Path:
-    """The control socket of the session's database."""
-    oid = session.value("SELECT oid FROM pg_database WHERE datname = current_database()")
-    return cluster.datadir / f"base/pgsql_tmp/pgsql_tmp_pg_background.{oid}"
 
 
 @contextmanager
@@ -146,6 +148,31 @@ def test_twenty_sessions_at_once_start_one(fresh_database: str, connect: Callabl
 
 
 _SERVES = "SELECT count(*) > 0 FROM pg_stat_activity WHERE pid = %s AND usename = 'pgbackground_supervisor'"
+
+
+@pytest.mark.local_server
+def test_whoever_waits_for_one_leaves_the_processor_to_it(
+    cluster: Cluster, fresh_database: str, alice: Session, conn: Session
+) -> None:
+    path = control_path(cluster, conn)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    with ThreadPoolExecutor(1) as pool, path.with_name(path.name + ".start").open("wb") as another:
+        fcntl.flock(another, fcntl.LOCK_EX)
+        ran = pool.submit(run, alice, "SELECT 'late'")
+        wait_until(lambda: cluster.workers(fresh_database))
+        used = [cpu_seconds(alice.pid) for _ in measured(seconds=3)]
+        assert used[-1] - used[1] < 0.03  # 2 ms in each 50
+        assert not ran.done()
+        fcntl.flock(another, fcntl.LOCK_UN)
+        assert ran.result() == [("late",)]
+
+
+def measured(seconds: int) -> Iterator[float]:
+    """The time at the beginning, and after each second."""
+    for _ in range(seconds):
+        yield time.monotonic()
+        time.sleep(1)
+    yield time.monotonic()
 
 
 def test_it_leaves_with_the_last_session(fresh_database: str, alice: Session, conn: Session) -> None:

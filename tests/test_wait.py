@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -16,6 +15,7 @@ import pytest
 
 from tests.background import LIST_COLUMNS, Handle, detach, is_waiting, launch, listed, result, run, wait
 from tests.clusters import EXTENSIONS, Cluster, Session, sqlstate, wait_until
+from tests.supervision import cpu_seconds
 
 REACTION_SECONDS = 0.2
 CPU_SHARE = 0.01
@@ -224,19 +224,15 @@ def test_lost_client_does_not_keep_a_wait_going_for_ever(
     conn.execute("SELECT pg_terminate_backend(%s)", (handle.pid,))
 
 
-def _cpu_seconds(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
-
-
 @pytest.mark.local_server
 @pytest.mark.parametrize("kind", WAITS)
 def test_waiting_costs_next_to_nothing(
     alice: Session, conn: Session, pool: concurrent.futures.ThreadPoolExecutor, held: Handle, kind: str
 ) -> None:
     pending = _start(pool, conn, alice, WAITS[kind].format(**held._asdict()))
-    before, start = _cpu_seconds(alice.pid), time.monotonic()
+    before, start = cpu_seconds(alice.pid), time.monotonic()
     concurrent.futures.wait([pending], timeout=2)
-    share = (_cpu_seconds(alice.pid) - before) / (time.monotonic() - start)
+    share = (cpu_seconds(alice.pid) - before) / (time.monotonic() - start)
     conn.execute("SELECT pg_cancel_backend(%s)", (alice.pid,))
     with sqlstate("57014"):
         pending.result(timeout=10)

@@ -17,7 +17,7 @@ from .session import WorkerSession
 from .starter import APPLICATION_NAME, Start, Starter
 
 _START_TIMEOUT_S = 30.0
-_RETRY_S = 0.002
+_FIRST_RETRY_S, _LAST_RETRY_S = 0.002, 0.05
 _MAX_UNTOLD = 1000
 
 WaitFor = Callable[[Sequence[tuple[int, int]]], object]
@@ -106,10 +106,21 @@ class Control:
         if self._socket is None and self._starting is None and not os.path.exists(self._starter.path):
             self._starting = self._starter.begin()
 
+    def settle_start(self) -> None:
+        """Connect to the supervisor whose start prepare() has begun: it would leave, and others could start none."""
+        if self._starting is not None:
+            with suppress(BackgroundError):  # ensure() tells of it when it is needed
+                self.ensure()
+
     def _connection(self) -> socket.socket:
+        """One to a supervisor that serves; where there is none, this session starts it, or waits for who does.
+
+        Whoever waits looks ever more rarely: many at once would keep the new one from the processor.
+        """
         deadline = time.monotonic() + _START_TIMEOUT_S
+        pause = _FIRST_RETRY_S
         while True:
-            connection = self._connect() or self._start_and_connect(deadline)
+            connection = self._connect()
             if connection is not None:
                 return connection
             if time.monotonic() > deadline:
@@ -119,6 +130,9 @@ class Control:
                     hint="See the server log. Its backend shows as "
                     f"'{APPLICATION_NAME}' in pg_stat_activity; pg_terminate_backend() makes room for another.",
                 )
+            if not self._start():
+                self._server.wait_for((), min(deadline, time.monotonic() + pause))
+                pause = min(2 * pause, _LAST_RETRY_S)
 
     def tell(self, message: list[Any], about: WorkerSession | None = None, *files: int) -> None:
         """Send a message. A supervisor that is gone is replaced first, and told of everything else.
@@ -341,9 +355,7 @@ class Control:
             return None
         return connection
 
-    def _start_and_connect(self, deadline: float) -> socket.socket | None:
-        """Start a supervisor; where another session was faster, wait until its one listens."""
+    def _start(self) -> bool:
+        """Whether a supervisor that this session has started listens; False where another session was faster."""
         start, self._starting = self._starting or self._starter.begin(), None
-        if start is None or not self._starter.finish(start):
-            self._server.wait_for((), min(deadline, time.monotonic() + _RETRY_S))
-        return self._connect()
+        return start is not None and self._starter.finish(start)

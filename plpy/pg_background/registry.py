@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -74,17 +73,7 @@ class Registry:
 
         53400 at max_workers, 53300 where the server has no connection left, each after launch_timeout.
         """
-        self.sessions.expect(configuration)
-        deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
-        if self.elsewhere or self.sessions.are_being_cleaned or self.on_commit is not None:
-            self.control.hear()
-        self._make_room(configuration, deadline)
-        self.control.prepare()  # it starts while the worker's session does
-        try:
-            session = self.sessions.get(configuration, deadline)
-        except BaseException:
-            self.control.leave_start()
-            raise
+        session = self.session(configuration)
         worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
         try:
             if job.submitted:
@@ -97,6 +86,35 @@ class Registry:
         self.workers[worker.pid] = worker
         self.launched += 1
         return worker
+
+    def session(self, configuration: Configuration) -> WorkerSession:
+        """A session for jobs, which take a place of max_workers; a supervisor serves it. Errors as of launch."""
+        self.sessions.expect(configuration)
+        deadline = configuration.launch_deadline()
+        if self.elsewhere or self.sessions.are_being_cleaned or self.on_commit is not None:
+            self.control.hear()
+        self._make_room(configuration, deadline)
+        self.when_connected(self.control.prepare, deadline)  # it starts while the worker's session does
+        try:
+            session = self.sessions.get(configuration, deadline)
+        except BaseException:
+            self.control.leave_start()
+            raise
+        try:
+            self.when_connected(self.control.ensure, deadline)
+        except BaseException:
+            self.sessions.end(session)
+            raise
+        return session
+
+    def when_connected(self, connect: Callable[[], None], deadline: float) -> None:
+        """Connect to a supervisor; one that has to be started waits until the server has a connection left for it."""
+        while True:
+            try:
+                return connect()
+            except BackgroundError as error:
+                if not self.sessions.wait_for_connection(error, deadline):
+                    raise
 
     def _make_room(self, configuration: Configuration, deadline: float) -> None:
         """Let ended submitted workers go when their room is needed; then wait until one more has ended.
@@ -137,13 +155,6 @@ class Registry:
     def _ended_submitted(self) -> Worker | None:
         """A submitted worker that has ended, as far as was heard."""
         return next((worker for worker in self.workers.values() if worker.job.submitted and worker.ended), None)
-
-    def session_apart(self, configuration: Configuration) -> WorkerSession:
-        """A session for jobs that are not tracked, which takes a place of max_workers all the same."""
-        self.sessions.expect(configuration)
-        deadline = time.monotonic() + configuration.launch_timeout_ms / 1000
-        self._make_room(configuration, deadline)
-        return self.sessions.get(configuration, deadline)
 
     def forget_ended(self, pid: int) -> None:
         """Let the ended worker go, if there is one, whose pid another job is to have."""

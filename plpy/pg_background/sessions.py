@@ -174,28 +174,40 @@ class Sessions:
         while True:
             spare = self._take_spare(role_oid, guc_state)
             try:
-                session = spare or self._begun(role_oid, guc_state)
-                try:
-                    self._begin_spare(session, configuration)
-                    session.finish(self._inheritance.hidden_settings)
-                except BaseException:
-                    session.close()
-                    raise
+                session = self._finished(spare or self._begun(role_oid, guc_state), configuration)
             except BackgroundError as error:
                 if spare is not None:  # its role has changed, say, or it was idle for too long
                     configuration = None
-                    continue
-                if error.report.sqlstate != TOO_MANY_CONNECTIONS:
+                elif not self.wait_for_connection(error, deadline):
                     raise
-                self.drop_idle()
-                if time.monotonic() >= deadline:
-                    raise
-                self._server.wait_for((), min(deadline, time.monotonic() + _SLOT_RETRY_S))
             else:
                 self._new_at = time.monotonic()
                 if self._may_have_pid(session):
                     return session
                 session.close()
+
+    def _finished(self, session: WorkerSession, configuration: Configuration | None) -> WorkerSession:
+        try:
+            self._begin_spare(session, configuration)
+            session.finish(self._inheritance.hidden_settings)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def wait_for_connection(self, error: BackgroundError, deadline: float) -> bool:
+        """A while, where the error was that the server has no connection left; False for others, and at the deadline.
+
+        What this session keeps is given up. The supervisor that it has had started is kept, by connecting to it.
+        """
+        if error.report.sqlstate != TOO_MANY_CONNECTIONS:
+            return False
+        self.drop_idle()
+        if time.monotonic() >= deadline:
+            return False
+        self._control.settle_start()
+        self._server.wait_for((), min(deadline, time.monotonic() + _SLOT_RETRY_S))
+        return True
 
     def _begun(self, role_oid: int, guc_state: bytes, idle_timeout_ms: int | None = None) -> WorkerSession:
         return WorkerSession.start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -87,6 +88,10 @@ class Configuration(NamedTuple):
     history_ms: int
     standard_strings: bool
     output: Mapping[str, str]  # those that a worker starts with
+
+    def launch_deadline(self) -> float:
+        """Until when a launch of now waits, of time.monotonic()."""
+        return time.monotonic() + self.launch_timeout_ms / 1000
 
     def queue_bytes(self, queue_size: int) -> int:
         """What a call's queue_size comes to. 22023 outside of 64 bytes to 256 MB."""
