@@ -16,7 +16,7 @@ import psycopg
 import pytest
 
 from tests.background import Handle, is_gone, listed, wait
-from tests.clusters import Cluster, Role, Session, sqlstate, wait_until
+from tests.clusters import SUPERVISOR_NAME, Cluster, Role, Session, sqlstate, wait_until
 from tests.supervision import supervisor_pid, supervisor_pids
 
 TRANSACTIONS = 10_000 if os.environ.get("PG_BACKGROUND_LONG") else 1000
@@ -173,6 +173,32 @@ def test_a_terminated_supervisor_takes_none_with_it(ran: Session, conn: Session,
         assert state(conn, handle) == ("stopped", None)
     assert rows(ran) == ["another", "a", "b"]
     wait_until(lambda: terminated not in supervisor_pids(conn), what="its end")
+
+
+def test_a_termination_while_the_supervisors_table_is_locked_loses_none(ran: Session, conn: Session) -> None:
+    """A statement of its that fails has the server let signals in again, the one that came meanwhile included."""
+    for number in range(5):
+        ran.execute("BEGIN")
+        with conn.transaction():
+            conn.execute("LOCK TABLE _pg_background_worker")
+            handle = note(ran, str(number))
+            wait_until(lambda: is_blocked(conn))
+            terminate_supervisors(conn)
+            wait_until(lambda: not is_blocked(conn))
+        ran.execute("COMMIT")
+        ran.execute("SELECT pg_background_wait_v2(%s, %s)", handle)
+        assert rows(ran) == [str(n) for n in range(number + 1)]
+
+
+def is_blocked(conn: Session) -> bool:
+    """Whether a supervisor waits for a lock."""
+    return bool(
+        conn.rows(
+            "SELECT 1 FROM pg_stat_activity WHERE application_name = %s AND datname = current_database()"
+            " AND wait_event_type = 'Lock'",
+            (SUPERVISOR_NAME,),
+        )
+    )
 
 
 def test_exactly_what_was_committed_runs_once_while_supervisors_end(ran: Session, conn: Session) -> None:

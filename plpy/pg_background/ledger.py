@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, Callable
 
 from . import messages
@@ -36,6 +35,7 @@ class Ledger:
         self._unwritable = False  # at the last attempt
         self._forward_pause_s = _FORWARD_S
         self.inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
+        self.has_inherited = False  # the table could be read
         self.written = 0  # rows
         self.written_at = 0.0
 
@@ -123,7 +123,6 @@ class Ledger:
     def _store_failed(self, rows: dict[int, Row], error: Exception) -> None:
         """Keep the rows for later, give them to a successor, or find out which of them cannot be written."""
         assert self._store is not None
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))  # the server's clean-up has unblocked it
         self._store.rollback()
         sqlstate = getattr(error, "sqlstate", None) or ""
         if sqlstate in _GONE:
@@ -164,11 +163,17 @@ class Ledger:
 
     # --- what a predecessor has left ---
 
-    def inherit(self) -> None:
-        """What a predecessor left as running: sessions hand it over, that predecessor ends it, or it is lost."""
-        rows = self.ask(lambda store: store.running()) or []
-        self.inherited = {row[KEY]: row for row in rows}
-        if rows and self.is_alone():
+    def inherit(self, known: Container[int] = ()) -> None:
+        """What a predecessor left as running: sessions hand it over, that predecessor ends it, or it is lost.
+
+        known: keys of jobs that are in our hands by now, where the table could not be read before.
+        """
+        rows = self.ask(lambda store: store.running())
+        if rows is None:
+            return
+        self.has_inherited = True
+        self.inherited = {row[KEY]: row for row in rows if row[KEY] not in known}
+        if self.inherited and self.is_alone():
             self.look_after_inherited(())
             self.look_after_inherited(())
             self.flush()

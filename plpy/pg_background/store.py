@@ -9,6 +9,7 @@ from typing import Any
 
 from .bootstrap import members
 
+LOCK_NOT_AVAILABLE = "55P03"
 TABLE, MARKER_TABLE = "_pg_background_worker", "_pg_background_marker"
 
 # The table's columns; a row is a dict of them. `key` is random and never 0, where the cookie of v1 workers is.
@@ -72,8 +73,12 @@ class Store:
         self._recovery_in_progress = ctypes.PyDLL(None).RecoveryInProgress
         self._recovery_in_progress.restype = ctypes.c_bool
         self._in_recovery = True
-        if not self._prepare():
-            plpy.error("the extension pg_background is not there", sqlstate="42704")
+        self._plans: dict[str, Any] = {}  # empty until they could be made: somebody may lock the table
+        try:
+            self._plans = self._prepare()
+        except plpy.SPIError as error:
+            if error.sqlstate != LOCK_NOT_AVAILABLE:
+                raise
 
     def is_out_of_reach(self) -> bool:
         """Whether this is a hot standby, which can neither read nor write unlogged tables; a promotion ends that."""
@@ -84,24 +89,28 @@ class Store:
 
     def find_table(self) -> bool:
         """Whether the table is there for us, perhaps in another schema than before."""
+        self._plans = {}
         try:
-            if not self._prepare():
-                return False
-            self._plpy.execute(self._running, 1)
-        except Exception:  # noqa: BLE001 - it has just gone
-            return False
+            self._execute("any")
+        except Exception as error:  # noqa: BLE001 - it has just gone, or somebody locks it
+            return getattr(error, "sqlstate", None) == LOCK_NOT_AVAILABLE
         finally:
             self._plpy.commit()
         return True
 
-    def _prepare(self) -> bool:
-        """Plan the statements; False when there is no extension any more, or its schema is closed to us.
+    def _execute(self, name: str, *arguments: Any) -> Any:
+        """Run a statement of `_prepare`."""
+        if not self._plans:
+            self._plans = self._prepare()
+        return self._plpy.execute(self._plans[name], arguments)
+
+    def _schema(self) -> str:
+        """The table's, quoted. 42704 when there is no extension any more, or its schema is closed to us.
 
         The catalog is asked, since PL/Python cannot pass on an error whose text is neither ASCII nor UTF-8: the
         refusal would end this backend.
         """
-        plpy = self._plpy
-        found = plpy.execute(
+        found = self._plpy.execute(
             "SELECT n.nspname::pg_catalog.text AS name,"
             " pg_catalog.has_schema_privilege(CURRENT_USER, n.oid, 'USAGE') AS is_open"
             f" FROM {members('pg_class')}"
@@ -110,46 +119,51 @@ class Store:
             f" WHERE c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
         )
         if not found or not found[0]["is_open"]:
-            return False
-        schema = self._quoted(found[0]["name"])
+            self._plpy.error("the extension pg_background is not there", sqlstate="42704")
+        return self._quoted(found[0]["name"])
+
+    def _prepare(self) -> dict[str, Any]:
+        """Plan the statements. Errors as of _schema; 55P03 where somebody locks the table."""
+        schema, prepare = self._schema(), self._plpy.prepare
         name = f"{schema}.{TABLE}"
         columns = ", ".join(COLUMNS)
         updates = ", ".join(f"{column} = EXCLUDED.{column}" for column in COLUMNS[1:])
-        self._upsert = plpy.prepare(
-            f"INSERT INTO {name} AS w ({columns})"
-            f" SELECT {columns} FROM pg_catalog.json_populate_recordset(NULL::{name}, $1::pg_catalog.json)"
-            f" ON CONFLICT ({KEY}) DO UPDATE SET {updates}"
-            # What a predecessor knows late must not undo an end, unless that was a guess.
-            " WHERE w.state OPERATOR(pg_catalog.=) 'running' OR EXCLUDED.state OPERATOR(pg_catalog.<>) 'running'"
-            " OR w.sqlstate OPERATOR(pg_catalog.=) '08006'",
-            ["pg_catalog.text"],
-        )
-        self._find = plpy.prepare(
-            f"SELECT * FROM {name} w WHERE w.pid OPERATOR(pg_catalog.=) $1 AND w.cookie OPERATOR(pg_catalog.=) $2"
-            " ORDER BY w.launched_at DESC LIMIT 1",
-            ["pg_catalog.int4", "pg_catalog.int8"],
-        )
-        self._find_key = plpy.prepare(
-            f"SELECT * FROM {name} w WHERE w.key OPERATOR(pg_catalog.=) $1", ["pg_catalog.int8"]
-        )
-        self._running = plpy.prepare(f"SELECT * FROM {name} w WHERE w.state OPERATOR(pg_catalog.=) 'running'")
-        self._prune = plpy.prepare(
-            f"DELETE FROM {name} w USING (SELECT o.key, o.finished_at,"
-            f"   pg_catalog.row_number() OVER (ORDER BY o.finished_at DESC) AS place FROM {name} o"
-            "    WHERE o.finished_at IS NOT NULL) AS o"
-            " WHERE o.key OPERATOR(pg_catalog.=) w.key AND (o.place OPERATOR(pg_catalog.>) $1"
-            "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"
-            "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)))",
-            ["pg_catalog.int8"],
-        )
-        # A role may hold the lock on its own marker for as long as it likes.
-        self._sweep = plpy.prepare(
-            f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.ctid OPERATOR(pg_catalog.=) ANY (ARRAY("
-            f"SELECT o.ctid FROM {schema}.{MARKER_TABLE} o WHERE o.made_at OPERATOR(pg_catalog.<)"
-            " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
-            " FOR UPDATE SKIP LOCKED))"
-        )
-        return True
+        return {
+            "upsert": prepare(
+                f"INSERT INTO {name} AS w ({columns})"
+                f" SELECT {columns} FROM pg_catalog.json_populate_recordset(NULL::{name}, $1::pg_catalog.json)"
+                f" ON CONFLICT ({KEY}) DO UPDATE SET {updates}"
+                # What a predecessor knows late must not undo an end, unless that was a guess.
+                " WHERE w.state OPERATOR(pg_catalog.=) 'running' OR EXCLUDED.state OPERATOR(pg_catalog.<>) 'running'"
+                " OR w.sqlstate OPERATOR(pg_catalog.=) '08006'",
+                ["pg_catalog.text"],
+            ),
+            "any": prepare(f"SELECT FROM {name} w LIMIT 1"),
+            "find": prepare(
+                f"SELECT * FROM {name} w WHERE w.pid OPERATOR(pg_catalog.=) $1 AND w.cookie OPERATOR(pg_catalog.=) $2"
+                " ORDER BY w.launched_at DESC LIMIT 1",
+                ["pg_catalog.int4", "pg_catalog.int8"],
+            ),
+            "find_key": prepare(f"SELECT * FROM {name} w WHERE w.key OPERATOR(pg_catalog.=) $1", ["pg_catalog.int8"]),
+            "running": prepare(f"SELECT * FROM {name} w WHERE w.state OPERATOR(pg_catalog.=) 'running'"),
+            "prune": prepare(
+                f"DELETE FROM {name} w USING (SELECT o.key, o.finished_at,"
+                f"   pg_catalog.row_number() OVER (ORDER BY o.finished_at DESC) AS place FROM {name} o"
+                "    WHERE o.finished_at IS NOT NULL) AS o"
+                " WHERE o.key OPERATOR(pg_catalog.=) w.key AND (o.place OPERATOR(pg_catalog.>) $1"
+                "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"
+                "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)"
+                "))",
+                ["pg_catalog.int8"],
+            ),
+            # A role may hold the lock on its own marker for as long as it likes.
+            "sweep": prepare(
+                f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.ctid OPERATOR(pg_catalog.=) ANY (ARRAY("
+                f"SELECT o.ctid FROM {schema}.{MARKER_TABLE} o WHERE o.made_at OPERATOR(pg_catalog.<)"
+                " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
+                " FOR UPDATE SKIP LOCKED))"
+            ),
+        }
 
     def _quoted(self, name: str) -> str:
         """A name for a statement, in plain ASCII where the server would take PL/Python's UTF-8 for its own encoding."""
@@ -175,7 +189,7 @@ class Store:
     def write(self, rows: Iterable[Row]) -> None:
         """Insert or update these rows, and commit."""
         # Characters as they are: the server takes no \u escapes where its encoding lacks the character or has none.
-        self._plpy.execute(self._upsert, [json.dumps([*rows], ensure_ascii=False)])
+        self._execute("upsert", json.dumps([*rows], ensure_ascii=False))
         self._plpy.commit()
 
     def write_one_by_one(self, rows: Iterable[Row]) -> None:
@@ -192,19 +206,19 @@ class Store:
 
     def find_key(self, key: int) -> Row | None:
         """The row of a job."""
-        rows = [dict(row) for row in self._plpy.execute(self._find_key, [key])]
+        rows = [dict(row) for row in self._execute("find_key", key)]
         self._plpy.commit()
         return rows[0] if rows else None
 
     def find(self, pid: int, cookie: int) -> Row | None:
         """The row with this handle, the latest where version 1 has several."""
-        rows = [dict(row) for row in self._plpy.execute(self._find, [pid, cookie])]
+        rows = [dict(row) for row in self._execute("find", pid, cookie)]
         self._plpy.commit()
         return rows[0] if rows else None
 
     def running(self) -> list[Row]:
         """Rows that say running."""
-        rows = [dict(row) for row in self._plpy.execute(self._running)]
+        rows = [dict(row) for row in self._execute("running")]
         self._plpy.commit()
         return rows
 
@@ -216,12 +230,12 @@ class Store:
 
     def prune(self) -> None:
         """Remove rows that ended longer ago than their history_ms, and the oldest beyond MAX_ROWS."""
-        self._plpy.execute(self._prune, [MAX_ROWS])
+        self._execute("prune", MAX_ROWS)
         self._plpy.commit()
 
     def sweep_markers(self) -> None:
         """Remove the markers of deferred jobs that no supervisor knows any more; who calls must know that."""
-        self._plpy.execute(self._sweep)
+        self._execute("sweep")
         self._plpy.commit()
 
 

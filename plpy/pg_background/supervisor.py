@@ -202,6 +202,8 @@ class Supervisor:
         if now >= self._lost_at:
             self._lost_at = now + _LOST_S
             self._questions.ask_again()
+            if not self._ledger.has_inherited:
+                self._ledger.inherit(self._jobs.by_key)
             if self._ledger.inherited:
                 jobs = [(pid, channel.job) for pid, channel in self._sockets.channels.items()]
                 self._ledger.look_after_inherited((pid, job.row[KEY]) for pid, job in jobs if job is not None)

@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import socket
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,6 @@ from .supervisor import Supervisor
 READY = "pg_background supervisor is ready"
 ANOTHER_SERVES = "55P03"
 _QUERY_CANCELED = "57014"  # a cancel is not for the supervisor
-_LOOK_S = 0.01  # a look at the signals takes as long as a message
 
 
 def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
@@ -40,17 +38,14 @@ def main(plpy: Any, role_oid: int, database_oid: int, digest: str) -> None:
     except BlockingIOError:
         os.close(lock_fd)
         plpy.error("another supervisor serves this database", sqlstate=ANOTHER_SERVES)
+    interrupts = _Interrupts(plpy)
     listener = _listen(path)
     plpy.notice(READY)
     # Whoever started this may leave, and a notice to nobody would end it.
     plpy.execute("SELECT pg_catalog.set_config('client_min_messages', 'error', false)")
     plpy.commit()
     _raise_descriptor_limit()
-    interrupts = _Interrupts(plpy)
     Supervisor(store, listener, path, lock_fd, digest, interrupts.handle, _transaction_probe(plpy), plpy.log).run()
-    interrupts.let_terminate()
-    plpy.execute("SELECT 1")
-    plpy.commit()
     # To return would be to answer a client that has gone, which is a FATAL error in the log.
     ctypes.PyDLL(None).proc_exit(0)
 
@@ -91,25 +86,19 @@ class _Interrupts:
     """Requests of other sessions. A termination waits until the supervisor has written down what it knows."""
 
     def __init__(self, plpy: Any) -> None:
+        """From here on the server's own handler of SIGTERM is not called: it would end the next statement."""
         self._plpy = plpy
         self._pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
         self._plan = plpy.prepare("SELECT 1")
         self._must_end = False
-        self._look_at = 0.0  # of time.monotonic()
+        signal.signal(signal.SIGTERM, self._on_terminate)
+        signal.siginterrupt(signal.SIGTERM, False)
+
+    def _on_terminate(self, *_: object) -> None:
+        self._must_end = True
 
     def handle(self) -> bool:
-        """Let the server act on requests: a statement does. False: this backend must end.
-
-        SIGTERM stays blocked. The server's clean-up after an error unblocks it, hence each time anew, and hence it is
-        taken when it has come: the end may wait for jobs that wait for a commit.
-        """
-        now = time.monotonic()
-        if now >= self._look_at:
-            self._look_at = now + _LOOK_S
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-            if signal.SIGTERM in signal.sigpending():
-                signal.sigwait((signal.SIGTERM,))
-                self._must_end = True
+        """Let the server act on requests: a statement does. False: this backend must end."""
         if self._pending.value:
             try:
                 self._plpy.execute(self._plan)
@@ -118,12 +107,6 @@ class _Interrupts:
                     raise
             self._plpy.commit()
         return not self._must_end
-
-    def let_terminate(self) -> None:
-        """A termination that was asked for happens with the next statement."""
-        if self._must_end:
-            signal.raise_signal(signal.SIGTERM)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
 
 
 def _transaction_probe(plpy: Any) -> Callable[[int], bool]:
