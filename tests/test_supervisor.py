@@ -430,8 +430,9 @@ def test_a_job_it_reads_goes_on_after_its_death(busy: Handle, alice: Session, co
     assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
 
 
+@pytest.mark.parametrize("table", ["free", "locked"])
 def test_rows_of_jobs_that_nobody_knows_any_more_do_not_run_for_ever(
-    fresh_database: str, conn: Session, connect: Callable[..., Session]
+    fresh_database: str, conn: Session, connect: Callable[..., Session], table: str
 ) -> None:
     launcher, watcher = connect(), connect()
     handle = launch(launcher, "SELECT pg_sleep(60)")
@@ -441,7 +442,10 @@ def test_rows_of_jobs_that_nobody_knows_any_more_do_not_run_for_ever(
     conn.execute("SELECT pg_terminate_backend(%s, 5000)", (handle.pid,))
     assert ended(watcher, handle) == ("error", None, None, "08006")
     assert listed(watcher)[0].state == "running"
-    wait(watcher, launch(watcher, "SELECT 1"))  # finds the next supervisor, which writes it down
+    with conn.transaction():
+        if table == "locked":
+            conn.execute("LOCK TABLE _pg_background_worker")
+        wait(watcher, launch(watcher, "SELECT 1"))  # finds the next supervisor, which writes it down
     stored = "SELECT state, sqlstate, finished_at IS NOT NULL FROM _pg_background_worker WHERE key = %s"
     wait_until(lambda: conn.rows(stored, (handle.cookie,)) == [("error", "08006", True)], what="its end in the table")
     watcher.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 0)", other)
