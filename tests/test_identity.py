@@ -730,7 +730,10 @@ def _lose_worker(alice: Session, conn: Session, locker: Session, catalog: str, s
             ((pid,),) = wait_until(lambda: locker.rows(blocked, (locker.pid, relation)), what="a blocked worker")
             if pid != alice.pid:
                 locker.execute(f"SELECT {signal}(%s)", (pid,))
-                wait_until(lambda: outcome, what="the launch's end")
+                own = (alice.pid,)  # may need the catalog to tell what has happened
+                wait_until(
+                    lambda: outcome or own in locker.rows(blocked, (locker.pid, relation)), what="the launch's end"
+                )
         finally:
             locker.execute("SELECT 1")
     thread.join(20)

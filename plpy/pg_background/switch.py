@@ -1,6 +1,6 @@
 """Turns a fresh worker session, logged in as a superuser, into one of the launching role, for good.
 
-This is the one place where a mistake hands out superuser. The source of this module and a call of `become` are
+This is the one place where a mistake hands out superuser. The code of this module and a call of `become` are
 the body of a DO block that the launcher sends before anything else: no function is called by a name that
 somebody else could have planted. It imports nothing of this package, and nothing at its top.
 
