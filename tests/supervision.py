@@ -26,9 +26,13 @@ def supervisor_pid(session: Session) -> int:
 
 
 def terminate_supervisor(session: Session) -> int:
-    """Terminates the supervisor, as the session's superuser, and waits for its end; its process id."""
+    """Terminates the supervisor, as the session's superuser, so often that it waits for no job; its process id."""
     pid = supervisor_pid(session)
-    assert session.value("SELECT pg_terminate_backend(%s, 5000)", (pid,)) is True
+
+    def ended() -> bool:
+        return session.value("SELECT pg_terminate_backend(%s, 100)", (pid,)) or pid not in supervisor_pids(session)
+
+    wait_until(ended, what="its end")
     return pid
 
 

@@ -494,6 +494,31 @@ def test_a_server_that_cannot_be_reached(session: Session, leaves_nothing: None)
     )
 
 
+# --- another Python ------------------------------------------------------------------------------------
+
+
+_ANOTHER_PYTHON = """DO LANGUAGE plpython3u $$
+from pg_background import session, starter
+lines = [line.replace("MAGIC_NUMBER != b'", "MAGIC_NUMBER != b'another ") for line in session.ONLY_THIS_PYTHON]
+session.ONLY_THIS_PYTHON = starter.ONLY_THIS_PYTHON = lines
+$$"""
+
+
+@pytest.mark.parametrize("what", ["worker", "supervisor"])
+def test_a_python_that_was_replaced_under_an_open_session_is_an_error(alice: Session, conn: Session, what: str) -> None:
+    """Code that was compiled for another one could crash the server."""
+    run(conn, "SELECT 1", "n int")
+    conn.execute(_ANOTHER_PYTHON)
+    if what == "supervisor":
+        terminate_supervisor(conn)
+    else:
+        conn.execute(f'SET pg_background.pool_size = 0; SET ROLE "{alice.info.user}"')
+    with sqlstate("0A000") as raised:
+        launch(conn, "SELECT 1")
+    assert "Reconnect" in str(raised.diag.message_hint)
+    assert run(alice, "SELECT 1", "n int") == [(1,)]
+
+
 # --- cancels where nobody expects them -------------------------------------------------------------
 
 

@@ -430,6 +430,53 @@ def test_a_job_it_reads_goes_on_after_its_death(busy: Handle, alice: Session, co
     assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
 
 
+@pytest.mark.parametrize("launcher", ["idle", "gone"])
+@pytest.mark.parametrize("kind", ["submitted", "detached"])
+def test_terminated_once_it_sees_to_their_ends_what_nobody_else_reads(
+    connect: Callable[..., Session], alice: Session, conn: Session, kind: str, launcher: str
+) -> None:
+    session = connect(Role(alice.info.user, "secret of alice"))
+    query = "SELECT i, repeat('x', 500) FROM generate_series(1, 3000) i; SELECT pg_sleep(1)"
+    handle = submit(session, query) if kind == "submitted" else launch(session, query)
+    if kind == "detached":
+        detach(session, handle)
+    terminated = supervisor_pid(conn)
+    if launcher == "gone":
+        session.close()
+    conn.execute("SELECT pg_terminate_backend(%s)", (terminated,))
+    assert run(alice, "SELECT 'by its successor'") == [("by its successor",)]
+    assert terminated in supervisor_pids(conn)
+    wait(alice, handle)
+    assert ended(alice, handle) == ("stopped", "SELECT 1", 1, None)
+    wait_until(lambda: terminated not in supervisor_pids(conn), what="its end")
+    assert run(alice if launcher == "gone" else session, "SELECT 'again'") == [("again",)]
+
+
+def test_terminated_once_it_leaves_when_their_session_takes_them_along(alice: Session, conn: Session) -> None:
+    handle = submit(alice, "SELECT pg_sleep(60)")
+    terminated = supervisor_pid(conn)
+    conn.execute("SELECT pg_terminate_backend(%s)", (terminated,))
+    wait_until(lambda: listed(alice) and terminated not in supervisor_pids(conn), what="its end")
+    alice.execute("SELECT pg_background_cancel_v2(%s, %s)", handle)
+    wait(alice, handle)
+    assert ended(alice, handle) == ("canceled", None, None, "57014")
+
+
+def test_terminated_once_it_ends_at_once_where_sessions_read_their_jobs_themselves(busy: Handle, conn: Session) -> None:
+    assert conn.value("SELECT pg_terminate_backend(%s, 5000)", (supervisor_pid(conn),)) is True
+
+
+def test_terminated_once_it_still_ends_what_runs_for_too_long(
+    connect: Callable[..., Session], alice: Session, conn: Session
+) -> None:
+    session = connect(Role(alice.info.user, "secret of alice"))
+    session.execute("SET pg_background.worker_timeout = '1s'")
+    handle = submit(session, "SELECT pg_sleep(60)")
+    conn.execute("SELECT pg_terminate_backend(%s)", (supervisor_pid(conn),))
+    wait(alice, handle)
+    assert ended(alice, handle) == ("error", None, None, "57014")
+
+
 @pytest.mark.parametrize("table", ["free", "locked"])
 def test_rows_of_jobs_that_nobody_knows_any_more_do_not_run_for_ever(
     fresh_database: str, conn: Session, connect: Callable[..., Session], table: str
@@ -437,8 +484,8 @@ def test_rows_of_jobs_that_nobody_knows_any_more_do_not_run_for_ever(
     launcher, watcher = connect(), connect()
     handle = launch(launcher, "SELECT pg_sleep(60)")
     other = launch(watcher, "SELECT pg_sleep(60)")
-    pids = (launcher.pid, supervisor_pid(conn))
-    conn.execute("SELECT pg_terminate_backend(p, 5000) FROM unnest(%s::int[]) p", (list(pids),))
+    conn.execute("SELECT pg_terminate_backend(%s, 5000)", (launcher.pid,))
+    terminate_supervisor(conn)
     conn.execute("SELECT pg_terminate_backend(%s, 5000)", (handle.pid,))
     assert ended(watcher, handle) == ("error", None, None, "08006")
     assert listed(watcher)[0].state == "running"

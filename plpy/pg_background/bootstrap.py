@@ -24,6 +24,15 @@ _FUNCTION_PREFIX = "_pg_background_module_"
 _QUOTE = "$" + "module$"  # in two parts: the install script quotes this very text with it
 
 
+# What code that was compiled here begins with elsewhere: that of another Python would crash it.
+ONLY_THIS_PYTHON = (
+    "from _frozen_importlib_external import MAGIC_NUMBER",
+    f"if MAGIC_NUMBER != {MAGIC_NUMBER!a}:",
+    "    message = 'the Python of the server was replaced while this session was open'",
+    "    plpy.error(message, sqlstate='0A000', hint='Reconnect.')",
+)
+
+
 def members(catalog: str) -> str:
     """A table of this extension's members in a catalog, `d`; an object of the same name elsewhere is none of them."""
     return f"""pg_catalog.pg_extension e

@@ -52,17 +52,17 @@ class Runtime:
     def of(self, idle_timeout_ms: int) -> str:
         """Oids of the authenticated, the session and the current user; is_superuser; how many settings are hidden.
 
-        From now on this session ends itself when it was idle for so long; 0: never. Called by the protocol's
-        FunctionCall, outside of any query, it ends the job of a worker session, in which nobody but its launcher can
-        call like that. It tells nothing there where the switch of the identity has left no mark.
+        Called by the protocol's FunctionCall, outside of any query, it ends the job of a worker session, in which
+        nobody but its launcher can call like that. From then on the session ends itself when it was idle for so long;
+        0: never. It tells nothing there where the switch of the identity has left no mark.
         """
         if self._query.value is None:
             if not self._memory.get("is_worker"):
                 return ""
             for runtime in self._memory["runtimes"].values():
                 runtime.begin_anew()
+            self._set_idle_timeout(idle_timeout_ms)
         server = self._server
-        self._set_idle_timeout(idle_timeout_ms)
         is_superuser = server.GetConfigOption(*self._is_superuser)
         users = server.GetAuthenticatedUserId(), server.GetSessionUserId(), server.GetUserId()
         seen = users, is_superuser, self._all_settings()

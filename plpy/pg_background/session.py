@@ -14,7 +14,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import settings, switch, wire
-from .bootstrap import MEMORY
+from .bootstrap import MEMORY, ONLY_THIS_PYTHON
 from .errors import (
     CONNECTION_FAILURE,
     INTERNAL_ERROR,
@@ -70,6 +70,11 @@ _WHO_AM_I_STILL = (
     % b", ".join([b"pg_catalog.current_setting('%s', true)" % definition.name.encode() for definition in settings.ALL])
     + b" OPERATOR(pg_catalog.=) 0 THEN 'launcher' ELSE pg_catalog.current_setting('is_superuser') END"
 )
+
+
+def without_python(message: str) -> str:
+    """An error's message, without what PL/Python puts before it."""
+    return _PYTHON_ERROR.sub("", message)
 
 
 def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -> Report:
@@ -228,16 +233,19 @@ class WorkerSession:
         """
         role = f"{self.role_oid:d}, {self._is_superuser!r}"
         arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
-        function = "become_or_end" if ends_refused else "become"
-        body = (
-            "from binascii import a2b_base64\n"
-            "from marshal import loads\n"
-            "scope = {}\n"
-            f"exec(loads(a2b_base64({_compiled_switch()!a})), scope)\n"
-            f"scope[{function!a}]({arguments.replace('$', chr(92) + 'x24')})\n"
-            f"GD.setdefault({MEMORY!a}, {{}})['is_worker'] = True\n"
+        lines = (
+            "try:",
+            *("    " + line for line in ONLY_THIS_PYTHON),
+            "    from binascii import a2b_base64",
+            "    from marshal import loads",
+            "    scope = {}",
+            f"    exec(loads(a2b_base64({_compiled_switch()!a})), scope)",
+            f"    scope['become']({arguments.replace('$', chr(92) + 'x24')})",
+            "except Exception as error:",
+            "    plpy.fatal(str(error))" if ends_refused else "    raise",
+            f"GD.setdefault({MEMORY!a}, {{}})['is_worker'] = True",
         )
-        return b"DO LANGUAGE plpython3u $switch$" + body.encode("ascii") + b"$switch$"
+        return b"DO LANGUAGE plpython3u $switch$" + "\n".join(lines).encode("ascii") + b"$switch$"
 
     def verify(self) -> None:
         """Prove that the session's user is the role, and that nothing leads back to another."""
@@ -475,7 +483,7 @@ class WorkerSession:
                 last = result
         if last is None or last.status not in _RESULT_OK:
             report = backend_died(self.pid) if last is None else report_of(last, self._server, self.pid)
-            message = _PYTHON_ERROR.sub("", report.message)
+            message = without_python(report.message)
             raise BackgroundError(replace(report, message=message, context=None, worker_pid=None))
         return last
 

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import messages
+from .bootstrap import ONLY_THIS_PYTHON
 from .errors import BackgroundError, background_error
 from .inheritance import startup_options
 from .loopback import Loopback
 from .server import READABLE, WRITABLE, Server
-from .session import report_of
+from .session import report_of, without_python
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn
@@ -149,8 +150,9 @@ class Starter:
                 raise background_error(
                     report.sqlstate,
                     "the supervisor of background workers could not start",
-                    detail=report.message,
-                    hint="See the server log. If the transaction of CREATE EXTENSION is still open, commit it.",
+                    detail=without_python(report.message),
+                    hint=report.hint
+                    or "See the server log. If the transaction of CREATE EXTENSION is still open, commit it.",
                 )
             return True
         except BackgroundError:
@@ -170,7 +172,7 @@ class Starter:
         role_oid = self._role_oid()
         codes = {module: binascii.b2a_base64(self._read_module(module).code(), newline=False) for module in _MODULES}
         body = (
-            "from binascii import a2b_base64\n"
+            "".join(line + "\n" for line in ONLY_THIS_PYTHON) + "from binascii import a2b_base64\n"
             "from marshal import loads\n"
             f"codes = {codes!a}\n"
             "scope = {'__name__': 'pg_background.bootstrap'}\n"

@@ -94,10 +94,15 @@ class Channel:
         return next((job for job in jobs if job.row["cookie"] == cookie), None)
 
     @property
+    def is_read_here(self) -> bool:
+        """Whether something is still to come that nobody else will read."""
+        reads = self.reads and self.job is not None and self.job.running
+        return self.drains or reads or (self.queue is not None and self.queue.is_busy)
+
+    @property
     def works(self) -> bool:
         """Whether something is still to come."""
-        runs = self.job is not None and self.job.running
-        return self.drains or runs or (self.queue is not None and self.queue.is_busy)
+        return self.is_read_here or (self.job is not None and self.job.running)
 
     @property
     def is_between_jobs(self) -> bool:

@@ -12,6 +12,7 @@ import os
 import select
 import socket
 import time
+from collections.abc import Iterable, Sequence
 from typing import Callable
 
 from . import messages
@@ -62,7 +63,7 @@ class Supervisor:
         path: str,
         lock_fd: int,
         digest: str,
-        handle_interrupts: Callable[[], bool],
+        handle_interrupts: Callable[[], int],
         in_transaction: Callable[[int], bool],
         log: Callable[[str], object],
     ) -> None:
@@ -139,16 +140,27 @@ class Supervisor:
     def _is_wanted(self) -> bool:
         """False when this backend must end.
 
-        Before that its sessions go to a successor, with all their workers but those whose jobs wait for a commit:
-        nobody else has these. The server's shutdown ends such workers too, and so does not wait for them.
+        Terminated once, it makes room, parts from the sessions of which it reads nothing, and reads the others' jobs
+        to their ends, unless they take them to a successor first. Terminated again, it parts from all, and stays only
+        for jobs that wait for a commit: nobody else has these. The server's shutdown ends all workers, and so waits
+        for none of this.
         """
-        if self._handle_interrupts():
+        terminations = self._handle_interrupts()
+        if not terminations:
             return True
         self._make_room()
-        if self._sessions():
+        again = terminations > 1
+        leaving = [link for link in self._sessions() if again or not self._is_read_here(link.channels)]
+        if again:
             self._answers.end_drained()
-            self._part_from_sessions()
-        return self._after_commit.is_waited_for()
+        if leaving:
+            self._part_from(leaving)
+        return self._after_commit.is_waited_for() if again else self._is_read_here(self._sockets.channels)
+
+    def _is_read_here(self, pids: Iterable[int]) -> bool:
+        """Whether this backend is to see the ends of jobs of these workers."""
+        channels = map(self._sockets.channels.get, pids)
+        return any(channel is not None and channel.is_read_here for channel in channels)
 
     def _poll_timeout(self) -> float:
         if self._sockets.ready or self._questions.are_asked or self._reports.is_behind:
@@ -226,15 +238,14 @@ class Supervisor:
             return self._ledger.may_be_left
         if not self._ledger.is_clean or (self._listener is not None and now - self._idle_since <= _IDLE_S):
             return False  # without a listener, a successor serves whoever asks next
-        self._part_from_sessions()
+        self._part_from(self._sessions())
         return self._ledger.is_clean
 
     def _sessions(self) -> list[Link]:
         return [link for link in self._sockets.links.values() if not link.reports]
 
-    def _part_from_sessions(self) -> None:
+    def _part_from(self, links: Sequence[Link]) -> None:
         """Close their links, so that each turns to a successor; what was under way is still heard."""
-        links = self._sessions()
         for link in links:
             with contextlib.suppress(OSError):
                 link.connection.shutdown(socket.SHUT_RD)
@@ -345,9 +356,7 @@ class Supervisor:
         link.moved_on = True
         self._close_link(link)
 
-    # --- jobs ---
-
-    # --- cancel, timeouts ---
+    # --- questions ---
 
     def _answer_questions(self) -> None:
         """After all that was sent before a question, by whomever, is known: a launch, or an end."""

@@ -90,15 +90,15 @@ class _Interrupts:
         self._plpy = plpy
         self._pending = ctypes.c_int.in_dll(ctypes.PyDLL(None), "InterruptPending")
         self._plan = plpy.prepare("SELECT 1")
-        self._must_end = False
+        self._terminations = 0
         signal.signal(signal.SIGTERM, self._on_terminate)
         signal.siginterrupt(signal.SIGTERM, False)
 
     def _on_terminate(self, *_: object) -> None:
-        self._must_end = True
+        self._terminations += 1
 
-    def handle(self) -> bool:
-        """Let the server act on requests: a statement does. False: this backend must end."""
+    def handle(self) -> int:
+        """Let the server act on requests: a statement does. Returns how often the end was asked for."""
         if self._pending.value:
             try:
                 self._plpy.execute(self._plan)
@@ -106,7 +106,7 @@ class _Interrupts:
                 if error.sqlstate != _QUERY_CANCELED:
                     raise
             self._plpy.commit()
-        return not self._must_end
+        return self._terminations
 
 
 def _transaction_probe(plpy: Any) -> Callable[[int], bool]:

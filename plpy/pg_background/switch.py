@@ -49,14 +49,6 @@ def become(plpy, role_oid, is_superuser, launcher_system_user, orders, held_to_l
     exit_on_any_error.value = before
 
 
-def become_or_end(plpy, *arguments):
-    """As become; a refusal is the end of this backend."""
-    try:
-        become(plpy, *arguments)
-    except Exception as error:  # noqa: BLE001 - whatever it is
-        plpy.fatal(str(error))
-
-
 def switch_users(plpy, server, major, role_oid, is_superuser):
     """What makes the session another role's."""
     import ctypes
