@@ -121,6 +121,8 @@ class Control:
         pause = _FIRST_RETRY_S
         while True:
             connection = self._connect()
+            if connection is None and self._start(deadline):
+                connection = self._connect()
             if connection is not None:
                 return connection
             if time.monotonic() > deadline:
@@ -130,9 +132,8 @@ class Control:
                     hint="See the server log. Its backend shows as "
                     f"'{APPLICATION_NAME}' in pg_stat_activity; pg_terminate_backend() makes room for another.",
                 )
-            if not self._start():
-                self._server.wait_for((), min(deadline, time.monotonic() + pause))
-                pause = min(2 * pause, _LAST_RETRY_S)
+            self._server.wait_for((), min(deadline, time.monotonic() + pause))
+            pause = min(2 * pause, _LAST_RETRY_S)
 
     def tell(self, message: list[Any], about: WorkerSession | None = None, *files: int) -> None:
         """Send a message. A supervisor that is gone is replaced first, and told of everything else.
@@ -355,7 +356,7 @@ class Control:
             return None
         return connection
 
-    def _start(self) -> bool:
+    def _start(self, deadline: float) -> bool:
         """Whether a supervisor that this session has started listens; False where another session was faster."""
         start, self._starting = self._starting or self._starter.begin(), None
-        return start is not None and self._starter.finish(start)
+        return start is not None and self._starter.finish(start, deadline)

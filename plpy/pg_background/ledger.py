@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterable
+from itertools import count
 from typing import Any, Callable
 
 from . import messages
 from .outcomes import LOST, lost_connection, timestamp
 from .process import process_start
-from .store import ENDS, KEY, MAX_ROWS, Row, Store
+from .store import ENDS, KEY, LOCK_NOT_AVAILABLE, MAX_ROWS, Row, Store
 
 _FLUSH_S = 0.01  # rows wait for their batch at most so long
 _BATCH_ROWS = 1000
 _RETRY_S = 1.0  # a table that could not be written is tried again after this
 _FORWARD_S = 0.01  # and a successor, to whom its sessions turn, after twice this at first
 _LAST_TRIES, _LAST_PAUSE_S = 10, 0.05
+_LAST_S = 20.0  # as long as somebody locks the table
+_LOCKED_S = 0.2  # each try waits for the lock, and all sessions with it
 # Classes of SQLSTATE that say nothing about a row: disk or memory full, a lock, a cancel, a failing disk.
 _PASSING = ("53", "55", "57", "58", "40")
 # The table is not where it was: dropped, moved to another schema, or that schema is closed to us.
@@ -36,6 +39,8 @@ class Ledger:
         self._forward_pause_s = _FORWARD_S
         self.inherited: dict[int, Row] = {}  # by key: running when a predecessor wrote them, in nobody's hands yet
         self.has_inherited = False  # the table could be read
+        self.is_locked = False  # by somebody else, when it was last read or written
+        self._read_at = 0.0  # of time.monotonic(): then it is tried again
         self.written = 0  # rows
         self.written_at = 0.0
 
@@ -90,7 +95,7 @@ class Ledger:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
             self._store_failed(rows, error)
         else:
-            self._unwritable = False
+            self._unwritable = self.is_locked = False
             self.written += len(rows)
 
     def finish(self) -> None:
@@ -98,8 +103,11 @@ class Ledger:
 
         Not before others can take its place: it would send to itself.
         """
-        for _ in range(_LAST_TRIES):
+        give_up_at = time.monotonic() + _LAST_S
+        for tried in count():
             if not self._dirty or (self._store is not None and self._store.is_out_of_reach()):
+                return
+            if tried >= _LAST_TRIES and not (self.is_locked and time.monotonic() < give_up_at):
                 return
             rows, self._dirty = self._dirty, {}
             self._forward(rows)
@@ -107,14 +115,18 @@ class Ledger:
             self.flush()
 
     def ask(self, question: Callable[[Store], Any]) -> Any:
-        """The table's answer, or None where it cannot be read."""
+        """The table's answer, or None where it cannot be read; one that is locked is not tried for a while."""
         if self._store is None or self._store.is_out_of_reach():
             return None
+        if self.is_locked and time.monotonic() < self._read_at:
+            return None
         try:
-            return question(self._store)
+            answer = question(self._store)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is sorted out there
             self._store_failed({}, error)
             return None
+        self.is_locked = False
+        return answer
 
     def decode(self, text: bytes) -> str:
         """Bytes of the database's encoding; what is no text of it is replaced, never an error."""
@@ -125,6 +137,8 @@ class Ledger:
         assert self._store is not None
         self._store.rollback()
         sqlstate = getattr(error, "sqlstate", None) or ""
+        self.is_locked = sqlstate == LOCK_NOT_AVAILABLE
+        self._read_at = time.monotonic() + _LOCKED_S
         if sqlstate in _GONE:
             if self._store.find_table():
                 self._keep_for_later(rows)
@@ -172,7 +186,7 @@ class Ledger:
         if rows is None:
             return
         self.has_inherited = True
-        self.inherited = {row[KEY]: row for row in rows if row[KEY] not in known}
+        self.inherited = {row[KEY]: row for row in rows if row[KEY] not in known and row[KEY] not in self._dirty}
         if self.inherited and self.is_alone():
             self.look_after_inherited(())
             self.look_after_inherited(())

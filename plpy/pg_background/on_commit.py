@@ -95,7 +95,8 @@ class OnCommit:
     def _batch(self, configuration: Configuration) -> Batch:
         """The batch of this transaction whose session can take these settings on, or a new one."""
         registry = self._registry
-        registry.when_connected(registry.control.hear_or_replace, configuration.launch_deadline())
+        deadline = configuration.launch_deadline()
+        registry.when_connected(registry.control.hear_or_replace, deadline)
         transaction = str(
             self._server.query("SELECT pg_catalog.pg_current_xact_id()::pg_catalog.text AS xid")[0]["xid"]
         )
@@ -109,7 +110,7 @@ class OnCommit:
                 return batch
         for batch in idle:
             self._let_go(batch)
-        session = registry.session(configuration)
+        session = registry.session(configuration, deadline)
         self._batches[session.pid] = batch = Batch(session, transaction)
         return batch
 

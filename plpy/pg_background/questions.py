@@ -74,7 +74,7 @@ class Questions:
 
     def _reply_with_row(self, link: Link, request: int, pid: int, cookie: int, until: float) -> None:
         row = self._row(pid, cookie)
-        if row is None and self._may_hear_more(until):
+        if row is None and (self._ledger.is_locked or self._may_hear_more(until)):
             self._asked_too_early.append(lambda: self._reply_with_row(link, request, pid, cookie, until))
             return
         self._sockets.send(link, [messages.REPLY, request, row])
@@ -108,8 +108,8 @@ class Questions:
             link.waiting[request] = job
         else:
             row = self._row(pid, cookie)
-            if row["state"] == "running" if row is not None else self._may_hear_more(until):
-                # A predecessor sees it to its end, and writes that down.
+            if row["state"] == "running" if row is not None else self._ledger.is_locked or self._may_hear_more(until):
+                # A predecessor sees it to its end, and writes that down; or who locks the table keeps us from reading.
                 self._asked_too_early.append(lambda: self._wait(link, request, pid, cookie, until))
                 return
             del link.waiting[request]

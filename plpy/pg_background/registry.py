@@ -73,7 +73,7 @@ class Registry:
 
         53400 at max_workers, 53300 where the server has no connection left, each after launch_timeout.
         """
-        session = self.session(configuration)
+        session = self.session(configuration, configuration.launch_deadline())
         worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
         try:
             if job.submitted:
@@ -87,12 +87,10 @@ class Registry:
         self.launched += 1
         return worker
 
-    def session(self, configuration: Configuration) -> WorkerSession:
+    def session(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session for jobs, which take a place of max_workers; a supervisor serves it. Errors as of launch."""
         self.sessions.expect(configuration)
-        deadline = configuration.launch_deadline()
-        if self.elsewhere or self.sessions.are_being_cleaned or self.on_commit is not None:
-            self.control.hear()
+        self.control.hear()
         self._make_room(configuration, deadline)
         self.when_connected(self.control.prepare, deadline)  # it starts while the worker's session does
         try:
@@ -140,7 +138,7 @@ class Registry:
         """Wait until a submitted worker or a job after a commit has ended; False at the deadline, or if none can."""
         after_commit = self._after_commit_count()
         while after_commit or any(worker.job.submitted for worker in self.workers.values()):
-            self.control.hear_or_replace()
+            self.when_connected(self.control.hear_or_replace, deadline)
             if self._ended_submitted() is not None or self._after_commit_count() < after_commit:
                 return True
             descriptor = self.control.descriptor

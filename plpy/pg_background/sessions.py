@@ -89,11 +89,6 @@ class Sessions:
 
     # --- kept ones ---
 
-    @property
-    def are_being_cleaned(self) -> bool:
-        """Whether the supervisor is about to tell of clean sessions."""
-        return bool(self._being_cleaned)
-
     def has_room(self) -> bool:
         """Whether one more can be kept, beside those that will be when the supervisor has read what they say."""
         return self._kept_count() < self._pool_size

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROLE = "pgbackground_supervisor"
 APPLICATION_NAME = "pg_background supervisor"
-_START_ANEW = ("55P03", "57P01", "08006")  # another one serves, or this one was terminated
+_START_ANEW = ("55P03", "57014", "57P01", "08006")  # another one serves, or this one was cancelled or terminated
 _CONNECTION_OK = 0
 _MODULES = (
     "__init__",
@@ -132,12 +132,13 @@ class Starter:
                 return False
             return True
 
-    def finish(self, start: Start) -> bool:
-        """True when the new supervisor listens, False when another one serves."""
+    def finish(self, start: Start, deadline: float) -> bool:
+        """True when the new supervisor listens; False when another one serves, or at the deadline."""
         connection = start.connection
         try:
             while not start.notices:
-                self._server.wait_for_one(connection.socket, None)
+                if not self._server.wait_for_one(connection.socket, deadline):
+                    return False
                 connection.consume_input()
                 if connection.is_busy():
                     continue

@@ -50,6 +50,53 @@ COLUMNS = (
 ENDS = frozenset(COLUMNS[COLUMNS.index("command_tag") :]) | {"state", "finished_at"}
 MAX_ROWS = 10_000
 
+# By name: the statement, and the types of its arguments. That of the other table is the last one.
+_STATEMENTS: dict[str, tuple[str, list[str]]] = {
+    "upsert": (
+        (
+            f"INSERT INTO {{worker}} AS w ({', '.join(COLUMNS)})"
+            f" SELECT {', '.join(COLUMNS)}"
+            " FROM pg_catalog.json_populate_recordset(NULL::{worker}, $1::pg_catalog.json)"
+            f" ON CONFLICT ({KEY}) DO UPDATE SET {', '.join(f'{column} = EXCLUDED.{column}' for column in COLUMNS[1:])}"
+            # What a predecessor knows late must not undo an end, unless that was a guess.
+            " WHERE w.state OPERATOR(pg_catalog.=) 'running' OR EXCLUDED.state OPERATOR(pg_catalog.<>) 'running'"
+            " OR w.sqlstate OPERATOR(pg_catalog.=) '08006'"
+        ),
+        ["pg_catalog.text"],
+    ),
+    "any": ("SELECT FROM {worker} w LIMIT 1", []),
+    "find": (
+        (
+            "SELECT * FROM {worker} w WHERE w.pid OPERATOR(pg_catalog.=) $1 AND w.cookie OPERATOR(pg_catalog.=) $2"
+            " ORDER BY w.launched_at DESC LIMIT 1"
+        ),
+        ["pg_catalog.int4", "pg_catalog.int8"],
+    ),
+    "find_key": (f"SELECT * FROM {{worker}} w WHERE w.{KEY} OPERATOR(pg_catalog.=) $1", ["pg_catalog.int8"]),
+    "running": ("SELECT * FROM {worker} w WHERE w.state OPERATOR(pg_catalog.=) 'running'", []),
+    "prune": (
+        (
+            "DELETE FROM {worker} w USING (SELECT o.key, o.finished_at,"
+            "   pg_catalog.row_number() OVER (ORDER BY o.finished_at DESC) AS place FROM {worker} o"
+            "    WHERE o.finished_at IS NOT NULL) AS o"
+            " WHERE o.key OPERATOR(pg_catalog.=) w.key AND (o.place OPERATOR(pg_catalog.>) $1"
+            "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"
+            "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)))"
+        ),
+        ["pg_catalog.int8"],
+    ),
+    # A role may hold the lock on its own marker for as long as it likes.
+    "sweep": (
+        (
+            "DELETE FROM {marker} m WHERE m.ctid OPERATOR(pg_catalog.=) ANY (ARRAY("
+            "SELECT o.ctid FROM {marker} o WHERE o.made_at OPERATOR(pg_catalog.<)"
+            " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
+            " FOR UPDATE SKIP LOCKED))"
+        ),
+        [],
+    ),
+}
+
 Row = dict[str, Any]
 
 
@@ -73,12 +120,17 @@ class Store:
         self._recovery_in_progress = ctypes.PyDLL(None).RecoveryInProgress
         self._recovery_in_progress.restype = ctypes.c_bool
         self._in_recovery = True
-        self._plans: dict[str, Any] = {}  # empty until they could be made: somebody may lock the table
+        self._plans: dict[str, Any] = {}
+        schema = self._schema()
+        if schema is None:
+            plpy.error("the extension pg_background is not there", sqlstate="42704")
         try:
-            self._plans = self._prepare()
+            for name in _STATEMENTS:
+                self._prepare(name, schema)
         except plpy.SPIError as error:
             if error.sqlstate != LOCK_NOT_AVAILABLE:
                 raise
+            # Somebody locks a table. What could not be planned is, when it is needed, if this role sees the schema.
 
     def is_out_of_reach(self) -> bool:
         """Whether this is a hot standby, which can neither read nor write unlogged tables; a promotion ends that."""
@@ -89,6 +141,9 @@ class Store:
 
     def find_table(self) -> bool:
         """Whether the table is there for us, perhaps in another schema than before."""
+        if self._schema() is None:
+            self._plpy.commit()
+            return False
         self._plans = {}
         try:
             self._execute("any")
@@ -99,13 +154,21 @@ class Store:
         return True
 
     def _execute(self, name: str, *arguments: Any) -> Any:
-        """Run a statement of `_prepare`."""
-        if not self._plans:
-            self._plans = self._prepare()
+        """Run one of _STATEMENTS. 55P03 where somebody locks the table, 55000 where it cannot be planned any more."""
+        if name not in self._plans:
+            schema = self._schema()
+            if schema is None:
+                self._plpy.error(f"the table {TABLE} cannot be seen", sqlstate="55000")
+            self._prepare(name, schema)
         return self._plpy.execute(self._plans[name], arguments)
 
-    def _schema(self) -> str:
-        """The table's, quoted. 42704 when there is no extension any more, or its schema is closed to us.
+    def _prepare(self, name: str, schema: str | None) -> None:
+        statement, types = _STATEMENTS[name]
+        tables = {"worker": f"{schema}.{TABLE}", "marker": f"{schema}.{MARKER_TABLE}"}
+        self._plans[name] = self._plpy.prepare(statement.format(**tables), types)
+
+    def _schema(self) -> str | None:
+        """The table's, quoted; None when there is no extension any more, or its schema is closed to us.
 
         The catalog is asked, since PL/Python cannot pass on an error whose text is neither ASCII nor UTF-8: the
         refusal would end this backend.
@@ -119,51 +182,8 @@ class Store:
             f" WHERE c.relname::pg_catalog.text OPERATOR(pg_catalog.=) '{TABLE}'"
         )
         if not found or not found[0]["is_open"]:
-            self._plpy.error("the extension pg_background is not there", sqlstate="42704")
+            return None
         return self._quoted(found[0]["name"])
-
-    def _prepare(self) -> dict[str, Any]:
-        """Plan the statements. Errors as of _schema; 55P03 where somebody locks the table."""
-        schema, prepare = self._schema(), self._plpy.prepare
-        name = f"{schema}.{TABLE}"
-        columns = ", ".join(COLUMNS)
-        updates = ", ".join(f"{column} = EXCLUDED.{column}" for column in COLUMNS[1:])
-        return {
-            "upsert": prepare(
-                f"INSERT INTO {name} AS w ({columns})"
-                f" SELECT {columns} FROM pg_catalog.json_populate_recordset(NULL::{name}, $1::pg_catalog.json)"
-                f" ON CONFLICT ({KEY}) DO UPDATE SET {updates}"
-                # What a predecessor knows late must not undo an end, unless that was a guess.
-                " WHERE w.state OPERATOR(pg_catalog.=) 'running' OR EXCLUDED.state OPERATOR(pg_catalog.<>) 'running'"
-                " OR w.sqlstate OPERATOR(pg_catalog.=) '08006'",
-                ["pg_catalog.text"],
-            ),
-            "any": prepare(f"SELECT FROM {name} w LIMIT 1"),
-            "find": prepare(
-                f"SELECT * FROM {name} w WHERE w.pid OPERATOR(pg_catalog.=) $1 AND w.cookie OPERATOR(pg_catalog.=) $2"
-                " ORDER BY w.launched_at DESC LIMIT 1",
-                ["pg_catalog.int4", "pg_catalog.int8"],
-            ),
-            "find_key": prepare(f"SELECT * FROM {name} w WHERE w.key OPERATOR(pg_catalog.=) $1", ["pg_catalog.int8"]),
-            "running": prepare(f"SELECT * FROM {name} w WHERE w.state OPERATOR(pg_catalog.=) 'running'"),
-            "prune": prepare(
-                f"DELETE FROM {name} w USING (SELECT o.key, o.finished_at,"
-                f"   pg_catalog.row_number() OVER (ORDER BY o.finished_at DESC) AS place FROM {name} o"
-                "    WHERE o.finished_at IS NOT NULL) AS o"
-                " WHERE o.key OPERATOR(pg_catalog.=) w.key AND (o.place OPERATOR(pg_catalog.>) $1"
-                "  OR o.finished_at OPERATOR(pg_catalog.<) (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-)"
-                "     pg_catalog.make_interval(secs => w.history_ms OPERATOR(pg_catalog./) 1000.0::pg_catalog.float8)"
-                "))",
-                ["pg_catalog.int8"],
-            ),
-            # A role may hold the lock on its own marker for as long as it likes.
-            "sweep": prepare(
-                f"DELETE FROM {schema}.{MARKER_TABLE} m WHERE m.ctid OPERATOR(pg_catalog.=) ANY (ARRAY("
-                f"SELECT o.ctid FROM {schema}.{MARKER_TABLE} o WHERE o.made_at OPERATOR(pg_catalog.<)"
-                " (pg_catalog.clock_timestamp() OPERATOR(pg_catalog.-) pg_catalog.make_interval(mins => 1))"
-                " FOR UPDATE SKIP LOCKED))"
-            ),
-        }
 
     def _quoted(self, name: str) -> str:
         """A name for a statement, in plain ASCII where the server would take PL/Python's UTF-8 for its own encoding."""
