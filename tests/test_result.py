@@ -9,7 +9,7 @@ from pathlib import Path
 import psycopg
 import pytest
 
-from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_idle, launch, listed, result, run, wait
 from tests.clusters import Session, sqlstate, wait_until
 
 _BIG = "SELECT g, repeat('x', 100) FROM generate_series(1, {}) g"
@@ -347,6 +347,20 @@ def test_job_that_fails_half_way_shows_no_rows(alice: Session) -> None:
     with sqlstate("22012"):
         run(alice, "SELECT 1 / (20000 - g) FROM generate_series(1, 30000) g", "n int")
     assert listed(alice) == []
+
+
+def test_a_wait_that_fails_while_it_takes_rows_in_loses_none(alice: Session, conn: Session) -> None:
+    run(alice, "SELECT 1", "n int")
+    wait(alice, launch(alice, "SELECT"))
+    handle = launch(alice, "SELECT format('row %s', g) FROM generate_series(1, 1000) g")
+    wait_until(lambda: is_idle(conn, handle.pid))
+    alice.execute("SET lock_timeout = '100ms'")
+    with conn.transaction():
+        conn.execute("LOCK TABLE pg_catalog.pg_type IN ACCESS EXCLUSIVE MODE")  # in which a column's type is looked up
+        with sqlstate("55P03"):
+            wait(alice, handle)
+    alice.execute("RESET lock_timeout")
+    assert result(alice, handle) == [(f"row {number}",) for number in range(1, 1001)]
 
 
 def test_cancelled_reader_leaves_nothing_behind(alice: Session, conn: Session, log_table: str) -> None:

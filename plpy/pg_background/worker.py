@@ -127,6 +127,7 @@ class Worker:
     _chunk_tag = b""
     _statements = 1
     _tags_seen = 0  # the probe's too
+    _untaken: PGresult | None = None  # while it was taken in, a query of this session failed: it was cancelled, say
     _ended_settings: Mapping[str, str] | None = None
     _writing = False  # the job has been sent in part
 
@@ -284,6 +285,9 @@ class Worker:
         arrived: whether something has, for certain.
         """
         connection = self.session.connection
+        if self._untaken is not None and self.state is State.RUNNING:
+            self._take(self._untaken)
+            self._untaken = None
         while self.state is State.RUNNING:
             if connection.is_busy():
                 if self.backlog.bytes_in_memory >= limit:
@@ -296,8 +300,12 @@ class Worker:
             result = connection.get_result()
             if result is None:
                 self._end()
-            else:
+                continue
+            try:
                 self._take(result)
+            except BaseException:
+                self._untaken = result  # libpq has given it away
+                raise
 
     @property
     def read_elsewhere(self) -> bool:
