@@ -110,6 +110,15 @@ def _raise(level: str, text: str) -> str:
     return f"BEGIN RAISE {level} USING MESSAGE = {value}, DETAIL = {value}, HINT = {value}; END"
 
 
+def test_an_error_in_another_encoding_is_one(session: Session, text: str, encoding: str) -> None:
+    other = "LATIN1" if encoding == "UTF8" else "UTF8"
+    handle = launch(session, f"SET client_encoding = '{other}'; SELECT '{text[:3]}'::int")
+    wait(session, handle)
+    assert listed(session)[0].state == "error"
+    with sqlstate("22P02"):
+        result(session, handle)
+
+
 def test_the_views_show_labels_sql_and_errors(session: Session, text: str) -> None:
     query = f"SELECT {_literal(text)}::int"
     job = _submit(session, query, text)

@@ -22,6 +22,9 @@ _SIZE_BYTES = ctypes.sizeof(ctypes.c_size_t)
 # A wait looks at the server's interrupts at least this often; a signal ends the slice at once.
 _SLICE_MS = 100
 
+# Bytes that are no text of the database's encoding; text of it that is none of UTF-8, which is PL/Python's.
+_NO_TEXT = ("22021", "22P05")
+
 _ACCESSED_TEMPORARY_NAMESPACE = 1  # XACT_FLAGS_ACCESSEDTEMPNAMESPACE
 
 READABLE = select.POLLIN
@@ -234,16 +237,19 @@ class Server:
 
     def decode(self, text: bytes) -> str:
         """Bytes of the database's encoding as text; what is no text of it is replaced, never an error."""
-        if self.encoding_is_ascii_compatible(text):
+        if text.isascii() or self.encoding in ("UTF8", "SQL_ASCII"):
             return text.decode("utf-8", "replace")
-        converted = self.query(
-            "SELECT pg_catalog.convert_from($1, pg_catalog.getdatabaseencoding()) AS text", ["pg_catalog.bytea"], [text]
-        )
+        try:
+            converted = self.query(
+                "SELECT pg_catalog.convert_from($1, pg_catalog.getdatabaseencoding()) AS text",
+                ["pg_catalog.bytea"],
+                [text],
+            )
+        except self._plpy.SPIError as error:
+            if error.sqlstate not in _NO_TEXT:
+                raise
+            return text.decode("ascii", "replace").replace("\ufffd", "?")
         return str(converted[0]["text"])
-
-    def encoding_is_ascii_compatible(self, text: bytes) -> bool:
-        """Whether Python can decode the bytes as UTF-8 without asking the server."""
-        return text.isascii() or self.encoding in ("UTF8", "SQL_ASCII")
 
     # --- waiting ---
 
