@@ -13,6 +13,7 @@ import select
 import socket
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -186,6 +187,31 @@ def test_a_job_that_cannot_be_sent(
     running = "SELECT count(*) FROM pg_background_activity WHERE state = 'running'"
     wait_until(lambda: conn.value(running) == 0, what="its end in the table")
     assert conn.value("SELECT count(*) FROM done") == 0
+
+
+def test_a_worker_that_is_terminated_while_its_job_is_sent(
+    session: Session, conn: Session, leaves_nothing: None
+) -> None:
+    session.execute("SET pg_background.pool_size = 1")
+    handle = launch(session, "SELECT 1")
+    result(session, handle, "n int")
+    running = "SELECT count(*) FROM pg_background_activity WHERE state = 'running'"
+    read = (
+        "SELECT FROM pg_background_launch_v2(repeat('-', 30000000)) h,"
+        " pg_background_result_v2(h.pid, h.cookie) AS r(t text)"
+    )
+    time.sleep(0.5)  # it has been cleaned by then
+    with ThreadPoolExecutor(1) as pool:
+        with stopped(handle.pid):
+            reading = pool.submit(session.execute, read)
+            wait_until(lambda: conn.value(running) == 1, what="the job in the table")
+            time.sleep(0.5)  # its socket is full by then
+            conn.execute("SELECT pg_terminate_backend(%s)", (handle.pid,))
+        with pytest.raises(psycopg.Error) as raised:
+            reading.result(20)
+    assert raised.value.sqlstate in ("08006", "57P01")  # of the launch, or where that came through, of the result
+    session.execute("SET pg_background.pool_size = 0")
+    assert listed(session) == []
 
 
 # --- folders and files ----------------------------------------------------------------------------

@@ -464,10 +464,19 @@ class WorkerSession:
         try:
             self.connection.send_query(sql)
             self.flush()
-        except Exception as error:  # psycopg.OperationalError: not importable before psycopg is
-            if self.connection.status == _CONNECTION_OK:
+        except Exception as error:
+            report = self.loss(error)
+            if report is None:
                 raise
-            raise BackgroundError(backend_died(self.pid, str(error).strip())) from error
+            raise BackgroundError(report) from error
+
+    def loss(self, error: Exception) -> Report | None:
+        """08006 if the connection is gone, of which libpq's error tells; None for any other error.
+
+        That is a psycopg.OperationalError, which cannot be imported before psycopg is.
+        """
+        gone = self.connection.status != _CONNECTION_OK
+        return backend_died(self.pid, str(error).strip()) if gone else None
 
     def _last_result(self) -> PGresult:
         last: PGresult | None = None

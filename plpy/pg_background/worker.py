@@ -28,7 +28,7 @@ from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
 from .results import Column, TypeStyles, encode_rows
 from .server import READABLE, Server
-from .session import SURELY_WRITTEN_BYTES, CleanUp, WorkerSession, backend_died, report_of
+from .session import SURELY_WRITTEN_BYTES, CleanUp, WorkerSession, report_of
 from .settings import Configuration
 
 if TYPE_CHECKING:
@@ -182,13 +182,19 @@ class Worker:
         encoded = self._server.encode(sql)
         # First, so that no progress of this job can reach the supervisor before it knows of the job.
         self.tell_supervisor()
-        if self.job.parameters is not None:
-            connection.send_query_params(encoded, self.job.parameters)
-        else:
-            connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._probes else encoded)
         rows = self.job.queue_size // _TYPICAL_ROW_BYTES
-        connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
-        self.session.flush(self._tell_writing)
+        try:
+            if self.job.parameters is not None:
+                connection.send_query_params(encoded, self.job.parameters)
+            else:
+                connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._probes else encoded)
+            connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
+            self.session.flush(self._tell_writing)
+        except Exception as error:
+            report = self.session.loss(error)
+            if report is None:
+                raise
+            raise BackgroundError(report) from error
         self._touched |= len(encoded) + sum(map(len, filter(None, self.job.parameters or ()))) > SURELY_WRITTEN_BYTES
 
     def _submit(self) -> None:
@@ -441,10 +447,11 @@ class Worker:
         self._touched = True
         try:
             self.session.connection.consume_input()
-        except Exception as error:  # psycopg.OperationalError: not importable before psycopg is
-            if self.session.connection.status == 0:
+        except Exception as error:
+            report = self.session.loss(error)
+            if report is None:
                 raise
-            self._fail(backend_died(self.pid, str(error).strip()))
+            self._fail(report)
             self._end()
 
     def _take(self, result: PGresult) -> None:
