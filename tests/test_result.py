@@ -446,6 +446,17 @@ def test_thousands_of_notices_keep_their_order_beyond_memory(alice: Session) -> 
     assert numbers == list(range(1, 6001))
 
 
+def test_a_cancel_among_notices_leaves_nothing_behind(alice: Session) -> None:
+    handle = launch(alice, "DO $$BEGIN FOR i IN 1..200000 LOOP RAISE NOTICE '%', i; END LOOP; END$$")
+    wait(alice, handle)
+    alice.execute("SET statement_timeout = '100ms'")
+    with sqlstate("57014"):
+        result(alice, handle)
+    alice.execute("RESET statement_timeout")
+    assert listed(alice) == []
+    assert run(alice, "SELECT 5", "n int") == [(5,)]
+
+
 def test_detached_workers_notices_are_not_heard(alice: Session) -> None:
     handle = launch(alice, _TALK.format("WARNING"))
     wait(alice, handle)

@@ -270,8 +270,10 @@ class Runtime:
         try:
             self._registry.require_membership(reading.worker.role_oid, pid)
         finally:
-            self._reader_settings.put_back(reading.worker.reader_before)
-            self._registry.release(reading.worker)
+            try:
+                self._reader_settings.put_back(reading.worker.reader_before)
+            finally:
+                self._registry.release(reading.worker)
         if reading.error is not None:
             raise BackgroundError(reading.error)
         return ""
@@ -285,11 +287,13 @@ class Runtime:
     def _finish(self, worker: Worker) -> None:
         """Relay what a worker without rows has said, and let it go."""
         worker.consumed = True
-        while worker.backlog:
-            item = worker.backlog.popleft()
-            if isinstance(item, Report):
-                self._server.relay(item)
-        self._registry.release(worker)
+        try:
+            while worker.backlog:
+                item = worker.backlog.popleft()
+                if isinstance(item, Report):
+                    self._server.relay(item)
+        finally:  # to relay is to let a cancel through
+            self._registry.release(worker)
 
     # --- waiting and letting go ---
 
