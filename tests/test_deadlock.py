@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import psycopg
@@ -13,6 +14,7 @@ import pytest
 
 from tests.background import Handle, launch, listed, result, run, wait
 from tests.clusters import Session, sqlstate, wait_until
+from tests.supervision import stopped, supervisor_pid
 
 DEADLOCK_TIMEOUT_S = 0.2
 _LIMIT_S = DEADLOCK_TIMEOUT_S + 1.5
@@ -306,7 +308,12 @@ def test_no_alarm_for_a_long_worker(waiter: Session) -> None:
     waiter.execute("COMMIT")
 
 
-def test_wait_that_is_over_is_forgotten(waiter: Session, another: Callable[[], Session]) -> None:
+@pytest.mark.parametrize(
+    "when", ["after the supervisor was told", pytest.param("while it is told", marks=pytest.mark.local_server)]
+)
+def test_wait_that_is_over_is_forgotten(
+    waiter: Session, another: Callable[[], Session], conn: Session, when: str
+) -> None:
     """A session whose wait was canceled counts no longer as one that waits for its worker."""
     other = another()
     waiter.execute("SELECT pg_advisory_lock(1)")
@@ -314,7 +321,8 @@ def test_wait_that_is_over_is_forgotten(waiter: Session, another: Callable[[], S
     others_worker = launch(other, "SELECT pg_advisory_xact_lock(1)")
     own_worker = launch(waiter, "SELECT pg_advisory_xact_lock(2)")
     other.execute("SET statement_timeout = '600ms'")
-    with sqlstate("57014"):
+    listens = nullcontext() if when == "after the supervisor was told" else stopped(supervisor_pid(conn))
+    with listens, sqlstate("57014"):
         wait(other, others_worker)
     other.execute("SET statement_timeout = 0")
     waiting = Background(lambda: wait(waiter, own_worker))

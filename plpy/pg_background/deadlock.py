@@ -137,11 +137,11 @@ class Watch:
     def _workers_awaited(self) -> Mapping[int, Sequence[int]]:
         """Whom the sessions of this database wait for, by their pids, after telling whom this one waits for."""
         workers_of: dict[int, list[int]] = {}
+        self._published = True  # even if a cancel comes before the answer
         try:
             pairs = self._control.ask(messages.WAITS_FOR, self._worker_pid)
         except BackgroundError:
             return workers_of  # no supervisor can start at the moment: locks alone can be followed
-        self._published = True
         for session, worker in pairs:
             workers_of.setdefault(session, []).append(worker)
         return workers_of
