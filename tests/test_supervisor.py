@@ -326,6 +326,7 @@ def test_it_goes_on_without_descriptors(
 def test_a_worker_it_has_no_descriptor_for_is_an_error(busy: Handle, alice: Session, conn: Session) -> None:
     import resource
 
+    read_later = launch(alice, "SELECT repeat('x', 1000) FROM generate_series(1, 5000)")
     pid = supervisor_pid(conn)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(pid), before[1]))
@@ -337,6 +338,7 @@ def test_a_worker_it_has_no_descriptor_for_is_an_error(busy: Handle, alice: Sess
     resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
     wait(alice, handle)
     assert run(alice, "SELECT 5", "n int") == [(5,)]
+    assert len(result(alice, read_later)) == 5000
 
 
 def announce(link: socket.socket, number: int, *sockets: int) -> None:

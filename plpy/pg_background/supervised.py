@@ -26,7 +26,8 @@ class Link:
         self.channels: set[int] = set()  # pids of workers
         self.closed = False
         self.may_rest = False
-        self.moved_on = False
+        self.moved_on = False  # to another supervisor, with all workers
+        self.lives_on = False  # only the connection ends
         self.reports = False  # a worker's, for its progress
         self.packets: list[bytes] = []  # reports that have not been looked at
         self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told

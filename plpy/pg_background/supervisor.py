@@ -281,6 +281,7 @@ class Supervisor:
                 return
             except messages.DescriptorsLostError:
                 self._sockets.send(link, [messages.NO_DESCRIPTOR])
+                link.lives_on = True
                 self._close_link(link)
                 return
             except (OSError, messages.ProtocolError):
@@ -314,7 +315,10 @@ class Supervisor:
                 os.close(descriptor)
 
     def _close_link(self, link: Link) -> None:
-        """A session has gone: its idle workers end, its running ones are read to their ends."""
+        """A session has gone: its idle workers end, its running ones are read to their ends.
+
+        One that lives on reads what it has launched, and hands that over again.
+        """
         if link.closed:
             return
         link.closed = True
@@ -329,7 +333,7 @@ class Supervisor:
             job = channel.job
             if channel.queue is not None and channel.queue.is_busy:
                 channel.link = None
-            elif link.moved_on:
+            elif link.moved_on or (link.lives_on and not channel.reads and not channel.drains):
                 self._jobs.forget(channel)
             elif job is None or not job.running:
                 self._sockets.close_channel(channel)
