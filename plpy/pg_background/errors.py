@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 # The SQLSTATEs that the extension raises by itself (PostgreSQL's appendix "Error Codes").
 CONNECTION_FAILURE = "08006"
@@ -34,6 +36,16 @@ _RAN_OUT = {errno.ENOSPC: DISK_FULL, errno.EDQUOT: DISK_FULL, errno.ENOMEM: OUT_
 as_json = json.JSONEncoder(ensure_ascii=False).encode
 
 
+# Fields of a Report that name objects.
+OBJECT_NAMES = ("schema_name", "table_name", "column_name", "datatype_name", "constraint_name")
+# Those that an error and a job's row have in common, by the columns' names.
+_IN_ROW = {
+    "sqlstate": "sqlstate",
+    **{f"error_{name}": name for name in ("message", "detail", "hint", "context")},
+    **{name: name for name in OBJECT_NAMES},
+}
+
+
 @dataclass(frozen=True)
 class Report:
     """An error or notice with the fields of PostgreSQL's protocol; an absent field is None.
@@ -53,6 +65,17 @@ class Report:
     constraint_name: str | None = None
     severity: str = "ERROR"
     worker_pid: int | None = None
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], worker_pid: int) -> Report:
+        """The error of a job, as its row tells it."""
+        fields = {field: row[column] for column, field in _IN_ROW.items() if row.get(column) is not None}
+        return cls(**{"sqlstate": INTERNAL_ERROR, "message": "", **fields}, worker_pid=worker_pid)
+
+    def in_row(self) -> dict[str, str]:
+        """What it is in a job's row: the columns that have a value."""
+        values = {column: getattr(self, field) for column, field in _IN_ROW.items()}
+        return {column: value for column, value in values.items() if value is not None}
 
     def to_json(self) -> str:
         """The fields that are there, as a JSON object."""

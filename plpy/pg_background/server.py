@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple
 
 from .bootstrap import members
-from .errors import INTERNAL_ERROR, UNDEFINED_OBJECT, BackgroundError, Report
+from .errors import INTERNAL_ERROR, OBJECT_NAMES, UNDEFINED_OBJECT, BackgroundError, Report
 
 _SIZE_BYTES = ctypes.sizeof(ctypes.c_size_t)
 
@@ -192,8 +192,7 @@ class Server:
         """What a plpy.SPIError says; None for any other exception."""
         if not isinstance(error, (self._plpy.SPIError, self._plpy.Error)):
             return None
-        names = ("detail", "hint", "schema_name", "table_name", "column_name", "datatype_name", "constraint_name")
-        fields: dict[str, Any] = {name: getattr(error, name, None) for name in names}
+        fields: dict[str, Any] = {name: getattr(error, name, None) for name in ("detail", "hint", *OBJECT_NAMES)}
         sqlstate = getattr(error, "sqlstate", None) or INTERNAL_ERROR
         return Report(sqlstate, str(error.args[0]) if error.args else "", **fields)
 
@@ -205,16 +204,7 @@ class Server:
             "INFO": self._plpy.info,
             "NOTICE": self._plpy.notice,
         }.get(notice.severity, self._plpy.warning)
-        fields = {
-            "detail": notice.detail,
-            "hint": notice.hint,
-            "sqlstate": notice.sqlstate,
-            "schema_name": notice.schema_name,
-            "table_name": notice.table_name,
-            "column_name": notice.column_name,
-            "datatype_name": notice.datatype_name,
-            "constraint_name": notice.constraint_name,
-        }
+        fields = {name: getattr(notice, name) for name in ("sqlstate", "detail", "hint", *OBJECT_NAMES)}
         given = {name: value for name, value in fields.items() if value is not None}
         # plpy.debug() emits DEBUG2, which "debug1" would hold back.
         held_back = notice.severity == "DEBUG" and self.setting("client_min_messages") == "debug1"

@@ -43,20 +43,7 @@ _CLEAN_UP_S = 1.0  # then another session is taken
 # What PL/Python puts before the message of an error in the switch, a cancel's for example.
 _PYTHON_ERROR = re.compile(r"^(?:plpy|spiexceptions)\.\w+: ")
 
-# Fields of the protocol's ErrorResponse and NoticeResponse.
-_FIELD_CODES = {
-    "sqlstate": ord("C"),
-    "message": ord("M"),
-    "detail": ord("D"),
-    "hint": ord("H"),
-    "context": ord("W"),
-    "schema_name": ord("s"),
-    "table_name": ord("t"),
-    "column_name": ord("c"),
-    "datatype_name": ord("d"),
-    "constraint_name": ord("n"),
-    "severity": ord("V"),
-}
+_FIELD_CODES = {**wire.FIELD_CODES, "severity": ord("V")}
 
 _PROOF = "_pg_background_proof"
 # In a query of its own, between whose end and the job nothing runs: only what is committed proves anything.

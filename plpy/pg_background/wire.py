@@ -31,18 +31,20 @@ PEEK, _DO_NOT_WAIT = int(socket.MSG_PEEK), int(socket.MSG_DONTWAIT)
 TERMINATE = b"X\0\0\0\4"
 EMPTY_ANSWER = b"I\0\0\0\4" + READY_FOR_QUERY  # to an empty query
 
-_FIELD_NAMES = {
-    "C": "sqlstate",
-    "M": "message",
-    "D": "detail",
-    "H": "hint",
-    "W": "context",
-    "s": "schema_name",
-    "t": "table_name",
-    "c": "column_name",
-    "d": "datatype_name",
-    "n": "constraint_name",
+# Fields of an ErrorResponse or NoticeResponse.
+FIELD_CODES = {
+    "sqlstate": ord("C"),
+    "message": ord("M"),
+    "detail": ord("D"),
+    "hint": ord("H"),
+    "context": ord("W"),
+    "schema_name": ord("s"),
+    "table_name": ord("t"),
+    "column_name": ord("c"),
+    "datatype_name": ord("d"),
+    "constraint_name": ord("n"),
 }
+_FIELD_NAMES = {code: name for name, code in FIELD_CODES.items()}
 
 
 def query_message(sql: bytes) -> bytes:
@@ -275,7 +277,7 @@ def error_fields(body: bytes) -> dict[str, bytes]:
     """The fields of an ErrorResponse."""
     fields = {}
     for field in body.split(b"\0"):
-        name = _FIELD_NAMES.get(chr(field[0])) if field else None
+        name = _FIELD_NAMES.get(field[0]) if field else None
         if name is not None:
             fields[name] = field[1:]
     return fields

@@ -428,16 +428,7 @@ class Worker:
     def on_ended(self, changes: Mapping[str, Any]) -> None:
         """The supervisor has seen the end of a submitted or detached job."""
         if changes["state"] != State.STOPPED.value and self.error is None:
-            names = ("schema_name", "table_name", "column_name", "datatype_name", "constraint_name")
-            self.error = Report(
-                changes.get("sqlstate") or "XX000",
-                changes.get("error_message") or "",
-                changes.get("error_detail"),
-                changes.get("error_hint"),
-                changes.get("error_context"),
-                worker_pid=self.pid,
-                **dict(zip(names, map(changes.get, names))),  # type: ignore[arg-type]
-            )
+            self.error = Report.from_row(changes, self.pid)
         self.changes = changes
         self._set_ended(State(changes["state"]))
 
@@ -567,20 +558,7 @@ class Worker:
                 "command_tag": self._server.decode(tag),
                 "row_count": wire.row_count(tag),
             }
-        changes: dict[str, Any] = {"state": self.state.value}
-        changes.update(
-            sqlstate=report.sqlstate,
-            error_message=report.message,
-            error_detail=report.detail,
-            error_hint=report.hint,
-            error_context=report.context,
-            schema_name=report.schema_name,
-            table_name=report.table_name,
-            column_name=report.column_name,
-            datatype_name=report.datatype_name,
-            constraint_name=report.constraint_name,
-        )
-        return {name: value for name, value in changes.items() if value is not None}
+        return {"state": self.state.value, **report.in_row()}
 
     def _explained(self, report: Report) -> Report | None:
         """What stopped the job, of which the server knows no more than that somebody did; None: it had committed.
