@@ -14,7 +14,8 @@ _SUPERVISORS = "SELECT pid FROM pg_stat_activity WHERE application_name = %s AND
 
 
 def supervisor_pids(session: Session) -> list[int]:
-    """Process ids of the supervisors of this session's database."""
+    """Process ids of the supervisors of this session's database, as of now in a transaction too."""
+    session.execute("SELECT pg_stat_clear_snapshot()")
     return [pid for (pid,) in session.rows(_SUPERVISORS, (SUPERVISOR_NAME,))]
 
 

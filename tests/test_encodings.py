@@ -277,3 +277,20 @@ def test_messages_in_another_language(
     session.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 10000)", job)
     assert session.rows("SELECT state, sqlstate FROM pg_background_outcome_v2(%s, %s)", job) == [("canceled", "57014")]
     conn.execute(f"ALTER DATABASE {current_database} RESET lc_messages")
+
+
+@pytest.mark.parametrize("encoding", ["UTF8", "LATIN1"], indirect=True)
+def test_a_timeout_in_a_wait_changes_no_setting(session: Session, conn: Session) -> None:
+    """Where PL/Python could not pass on the error's translation, it is asked for untranslated."""
+    handle = launch(session, "SELECT pg_sleep(60)")
+    conn.execute(f"SET lc_messages = 'POSIX'; GRANT \"{session.info.user}\" TO CURRENT_USER")
+    conn.execute("BEGIN; SAVEPOINT before; SET LOCAL statement_timeout = '100ms'")
+    with sqlstate("57014"):
+        wait(conn, handle)
+    conn.execute("ROLLBACK TO before")
+    assert conn.value("SELECT current_setting('lc_messages')") == "POSIX"
+    conn.execute("COMMIT")
+    assert conn.value("SELECT current_setting('lc_messages')") == "POSIX"
+    session.execute("SELECT pg_background_cancel_v2(%s, %s)", handle)
+    with sqlstate("57014"):
+        result(session, handle)

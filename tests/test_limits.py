@@ -182,11 +182,19 @@ def test_a_launch_that_waits_for_a_connection_lets_others_start_the_supervisor(s
 
 
 @pytest.mark.local_server
+@pytest.mark.parametrize("had_one", [False, True])
 @pytest.mark.parametrize("call", ["launch_v2", "submit_v2", "submit_on_commit_v2"])
-def test_launch_timeout_waits_for_the_supervisors_connection_as_well(small: tuple[Cluster, Session], call: str) -> None:
+def test_launch_timeout_waits_for_the_supervisors_connection_as_well(
+    small: tuple[Cluster, Session], call: str, had_one: bool
+) -> None:
     cluster, session = small
     dbname = session.info.dbname
-    others = [cluster.connect(dbname, "ordinary") for _ in range(10)]
+    others = [cluster.connect(dbname, "ordinary")]
+    if had_one:
+        others[0].execute("SET pg_background.pool_size = 0")
+        run(others[0], "SELECT 'ready'")
+        wait_until(lambda: cluster.workers(dbname) == [])
+    others += [connect_when_free(cluster, dbname) for _ in range(9)]
     with cluster.connect(dbname) as admin, ThreadPoolExecutor(1) as pool:
         path = control_path(cluster, admin)
         terminate_supervisor(admin)

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -663,6 +664,46 @@ def test_whoever_locks_its_table_stops_nobody(busy: Handle, alice: Session, conn
         wait(conn, submit(conn, "SELECT 5"))
         conn.execute("SELECT pg_terminate_backend(%s, 5000)", (supervisor_pid(conn),))
         assert not Path(f"/proc/{supervisor_pids(conn)}").exists()
+
+
+def test_an_end_that_it_hears_of_while_its_table_is_locked_stays(alice: Session, conn: Session, connect: Any) -> None:
+    launcher = connect(Role(alice.info.user, "secret of alice"))
+    handle = launch(launcher, "SELECT 'x' FROM pg_sleep(0.5)")
+    wait_until(lambda: conn.rows(_STORED, (handle.cookie,)) == [("running", None)], what="its row")
+    with conn.transaction():
+        conn.execute("LOCK TABLE _pg_background_worker")
+        terminate_supervisor(conn)
+        other = launch(alice, "SELECT pg_sleep(60)")
+        wait_until(lambda: is_idle(alice, handle.pid), what="the job's end")
+        assert result(launcher, handle) == [("x",)]
+        gone = {(launcher.pid,), (handle.pid,)}
+        launcher.close()
+        wait_until(lambda: not gone.intersection(alice.rows("SELECT pid FROM pg_stat_activity")), what="their ends")
+    wait(alice, handle)
+    wait_until(lambda: conn.rows(_STORED, (handle.cookie,)) != [("running", None)], what="its end in the table")
+    assert conn.rows(_STORED, (handle.cookie,)) == [("stopped", None)]
+    alice.execute("SELECT pg_background_cancel_v2_grace(%s, %s, 0)", other)
+
+
+_STORED = "SELECT state, sqlstate FROM _pg_background_worker WHERE key = %s"
+
+
+def test_a_handle_is_known_though_the_table_cannot_be_read(alice: Session, conn: Session, connect: Any) -> None:
+    """The successor knows it from the table alone, until the session comes over."""
+    launcher = connect(Role(alice.info.user, "secret of alice"))
+    handle = launch(launcher, "SELECT 'x' FROM pg_sleep(0.5)")
+    wait_until(lambda: conn.rows(_STORED, (handle.cookie,)) == [("running", None)], what="its row")
+    with ThreadPoolExecutor(1) as pool:
+        with conn.transaction():
+            conn.execute("LOCK TABLE _pg_background_worker")
+            terminate_supervisor(conn)
+            waits = pool.submit(wait, alice, handle)
+            wait_until(lambda: supervisor_pids(conn), what="a successor")
+            with suppress(TimeoutError):
+                waits.result(1.5)
+            assert not waits.done()
+        assert result(launcher, handle) == [("x",)]
+        waits.result(10)
 
 
 def test_a_cancel_is_not_for_it(busy: Handle, alice: Session, conn: Session) -> None:

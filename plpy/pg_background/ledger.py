@@ -98,16 +98,17 @@ class Ledger:
             self._unwritable = self.is_locked = False
             self.written += len(rows)
 
-    def finish(self) -> None:
+    def finish(self, may_wait: Callable[[], bool]) -> None:
         """Give to the successor what could not be written, or try again: this process ends.
 
         Not before others can take its place: it would send to itself.
+        may_wait: whether it may go on for a while where somebody locks the table.
         """
         give_up_at = time.monotonic() + _LAST_S
         for tried in count():
             if not self._dirty or (self._store is not None and self._store.is_out_of_reach()):
                 return
-            if tried >= _LAST_TRIES and not (self.is_locked and time.monotonic() < give_up_at):
+            if tried >= _LAST_TRIES and not (self.is_locked and time.monotonic() < give_up_at and may_wait()):
                 return
             rows, self._dirty = self._dirty, {}
             self._forward(rows)

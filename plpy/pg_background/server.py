@@ -11,7 +11,8 @@ import os
 import select
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Callable, NamedTuple
 
 from .bootstrap import members
@@ -249,7 +250,33 @@ class Server:
         A cancel raises plpy.SPIError; a termination does not come back.
         """
         if self._interrupt_pending.value:
-            self.query("SELECT 1")
+            with self._messages_in_ascii():
+                self.query("SELECT 1")
+
+    @contextmanager
+    def _messages_in_ascii(self) -> Iterator[None]:
+        """Have the server's messages untranslated meanwhile, where PL/Python cannot pass on what is not ASCII.
+
+        It takes an error's text for UTF-8, and its failure leaves the backend broken.
+        """
+        if self.encoding in ("UTF8", "SQL_ASCII"):
+            yield
+            return
+        language = self.setting_bytes(b"lc_messages")
+        self._set_language(b"C")
+        try:
+            yield
+        finally:
+            self._set_language(language)
+
+    def _set_language(self, language: bytes | None) -> None:
+        """As SET LOCAL lc_messages does; without a query, in which the interrupt would be handled."""
+        superuser_set, session_source, local, log = 5, 13, 1, 15  # enum GucContext, GucSource, GucAction; elevel
+        number, true, false = ctypes.c_int, ctypes.c_bool(True), ctypes.c_bool(False)
+        who = (number(superuser_set), number(session_source), number(local))
+        self._backend.set_config_option(
+            ctypes.c_char_p(b"lc_messages"), ctypes.c_char_p(language), *who, true, number(log), false
+        )
 
     def is_readable(self, descriptor: int) -> bool:
         """Whether something has arrived, without waiting."""

@@ -135,7 +135,7 @@ class Supervisor:
         self._answers.end_drained()
         self._ledger.flush()
         self._retire()
-        self._ledger.finish()
+        self._ledger.finish(lambda: self._handle_interrupts() < 2)
 
     def _is_wanted(self) -> bool:
         """False when this backend must end.
