@@ -315,8 +315,8 @@ class _Unqualified(Visitor):
 def _of_fragment(text: str) -> list[str]:
     """Calls, casts and operators that do not follow a schema and a dot, in what cannot be parsed."""
     try:
-        # A % before a letter is none of SQL's: format() or Python puts something in its place.
-        text = re.sub("%[ILs]", "q.q", text)
+        # A % before a letter and a name in braces are none of SQL's: format() or Python puts something in its place.
+        text = re.sub(r"%[ILs]|\{\w+\}", "q.q", text)
         tokens = [(token.kind, text[token.start : token.end + 1]) for token in scan(text)]
     except ParseError:
         return []  # it ends within a string: no SQL, or the whole is parsed elsewhere
