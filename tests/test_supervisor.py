@@ -162,7 +162,8 @@ def test_whoever_waits_for_one_leaves_the_processor_to_it(
         ran = pool.submit(run, alice, "SELECT 'late'")
         wait_until(lambda: cluster.workers(fresh_database))
         used = [cpu_seconds(alice.pid) for _ in measured(seconds=3)]
-        assert used[-1] - used[1] < 0.03  # 2 ms in each 50
+        print(f"{used[-1] - used[1]:.4f} s of processor time in 2 s")
+        assert used[-1] - used[1] < 0.05  # some 40 looks take 0.01 s; 900 would take 0.1
         assert not ran.done()
         fcntl.flock(another, fcntl.LOCK_UN)
         assert ran.result() == [("late",)]
