@@ -74,13 +74,18 @@ class Questions:
 
     def _reply_with_row(self, link: Link, request: int, pid: int, cookie: int, until: float) -> None:
         row = self._row(pid, cookie)
-        if row is None and (self._ledger.is_locked or self._may_hear_more(until)):
+        if row is None and self._may_hear_more(until):
             self._asked_too_early.append(lambda: self._reply_with_row(link, request, pid, cookie, until))
             return
         self._sockets.send(link, [messages.REPLY, request, row])
 
     def _may_hear_more(self, until: float) -> bool:
-        """Whether a predecessor may send a row that it cannot write; also once after its end, as it may lie unread."""
+        """Whether a row may still be found: that of a predecessor which cannot write it, or behind somebody's lock.
+
+        Also once after the predecessor's end, as what it has sent may lie unread.
+        """
+        if self._ledger.is_locked:
+            return True
         if self._alone or time.monotonic() > until:
             return False
         self._alone = self._ledger.is_alone()
@@ -108,8 +113,8 @@ class Questions:
             link.waiting[request] = job
         else:
             row = self._row(pid, cookie)
-            if row["state"] == "running" if row is not None else self._ledger.is_locked or self._may_hear_more(until):
-                # A predecessor sees it to its end, and writes that down; or who locks the table keeps us from reading.
+            if row["state"] == "running" if row is not None else self._may_hear_more(until):
+                # A predecessor sees it to its end, and writes that down.
                 self._asked_too_early.append(lambda: self._wait(link, request, pid, cookie, until))
                 return
             del link.waiting[request]
