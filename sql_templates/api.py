@@ -295,7 +295,7 @@ API: tuple[Function, ...] = (
         "pg_background_handle",
         "Sleeps until one of these workers has ended, and returns its handle; NULL after timeout_ms milliseconds (0: no"
         " limit), and for no handles. NULLs among them are passed over. Raises 42704, 55000 and 42501 as"
-        " pg_background_wait_v2.",
+        " pg_background_wait_v2, and without a limit 40P01 when all of them wait for this session.",
         "v2",
         CONTROL,
     ),

@@ -59,6 +59,19 @@ def wait(session: Session, handle: Handle, schema: str = "public") -> None:
     session.execute(f"SELECT {_escaped(schema)}.pg_background_wait_v2(%s, %s)", handle)
 
 
+def array(handles: list[Handle]) -> str:
+    """An SQL array of handles."""
+    rows = ", ".join(f"({pid}, {cookie})" for pid, cookie in handles)
+    return f"ARRAY[{rows}]::pg_background_handle[]"
+
+
+def wait_any(session: Session, handles: list[Handle], timeout_ms: int = 0) -> Handle | None:
+    """The handle of one that has ended."""
+    call = f"SELECT (h).pid, (h).cookie FROM pg_background_wait_any_v2({array(handles)}, %s) AS h"
+    row = session.rows(call, (timeout_ms,))[0]
+    return None if row[0] is None else Handle(*row)
+
+
 def detach(session: Session, handle: Handle, schema: str = "public") -> None:
     """Lets a worker go."""
     session.execute(f"SELECT {_escaped(schema)}.pg_background_detach_v2(%s, %s)", handle)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from psycopg import sql
 
-from tests.background import Handle, detach, launch, listed, result, run, wait
+from tests.background import Handle, array, detach, launch, listed, result, run, wait, wait_any
 from tests.clusters import Role, Session, sqlstate, wait_until
 from tests.supervision import cpu_seconds
 
@@ -46,19 +46,6 @@ def submit(session: Session, query: str) -> Handle:
 def labelled(session: Session, query: str, label: str) -> Handle:
     """Starts a worker with a label."""
     return Handle(*session.rows("SELECT pid, cookie FROM pg_background_launch_v2(%s, 0, %s::text)", (query, label))[0])
-
-
-def array(handles: list[Handle]) -> str:
-    """An SQL array of handles."""
-    rows = ", ".join(f"({pid}, {cookie})" for pid, cookie in handles)
-    return f"ARRAY[{rows}]::pg_background_handle[]"
-
-
-def wait_any(session: Session, handles: list[Handle], timeout_ms: int = 0) -> Handle | None:
-    """The handle of one that has ended."""
-    call = f"SELECT (h).pid, (h).cookie FROM pg_background_wait_any_v2({array(handles)}, %s) AS h"
-    row = session.rows(call, (timeout_ms,))[0]
-    return None if row[0] is None else Handle(*row)
 
 
 @pytest.fixture

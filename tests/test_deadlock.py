@@ -12,7 +12,7 @@ from typing import Any
 import psycopg
 import pytest
 
-from tests.background import Handle, launch, listed, result, run, wait
+from tests.background import Handle, launch, listed, result, run, wait, wait_any
 from tests.clusters import Session, sqlstate, wait_until
 from tests.supervision import stopped, supervisor_pid
 
@@ -258,6 +258,26 @@ def test_news_of_other_workers_does_not_put_the_look_off(waiter: Session, anothe
     wait(waiter, handle)
 
 
+def test_wait_for_the_first_of_several_that_all_wait(waiter: Session) -> None:
+    """One that waits for another of them waits for this session, too."""
+    waiter.execute("SELECT pg_advisory_lock(1)")
+    handles = [launch(waiter, "SELECT pg_advisory_xact_lock(1)") for _ in range(3)]
+    waiter.execute("SELECT pg_advisory_lock(2)")
+    handles.append(launch(waiter, "SELECT pg_advisory_xact_lock(2)"))
+    started = time.monotonic()
+    with sqlstate("40P01") as raised:
+        wait_any(waiter, handles)
+    assert DEADLOCK_TIMEOUT_S <= time.monotonic() - started < _LIMIT_S
+    for handle in handles:
+        assert str(handle.pid) in (raised.diag.message_primary or "")
+        assert f"Process {handle.pid} waits for ExclusiveLock on advisory lock" in (raised.diag.message_detail or "")
+    waiter.execute("SELECT pg_advisory_unlock(2)")
+    assert wait_any(waiter, handles) == handles[-1]
+    waiter.execute("SELECT pg_advisory_unlock(1)")
+    for handle in handles:
+        wait(waiter, handle)
+
+
 # --- no false alarm -------------------------------------------------------------------------------
 
 
@@ -292,6 +312,45 @@ def test_no_alarm_where_the_blocker_waits_for_a_worker_with_a_timeout(
     assert waiting.finish() is None
     waiter.execute("COMMIT")
     wait(other, others_worker)
+
+
+def test_no_alarm_where_one_of_several_goes_on(waiter: Session, another: Callable[[], Session]) -> None:
+    other = another()
+    other.execute("SELECT pg_advisory_lock(2)")
+    waiter.execute("SELECT pg_advisory_lock(1)")
+    handles = [launch(waiter, f"SELECT pg_advisory_xact_lock({lock})") for lock in (1, 2)]
+    waiting = Background(lambda: wait_any(waiter, handles))
+    wait_until(lambda: is_blocked(other, handles[1].pid))
+    time.sleep(DEADLOCK_TIMEOUT_S + 1.2)
+    other.execute("SELECT pg_advisory_unlock(2)")
+    assert waiting.finish() is None
+    waiter.execute("SELECT pg_advisory_unlock(1)")
+    wait(waiter, handles[0])
+
+
+def test_no_alarm_where_the_blocker_waits_for_the_first_of_several(
+    waiter: Session, another: Callable[[], Session]
+) -> None:
+    """It goes on with the other one."""
+    other, third = another(), another()
+    third.execute("SELECT pg_advisory_lock(3)")
+    waiter.execute("SELECT pg_advisory_lock(1)")
+    other.execute("SELECT pg_advisory_lock(2)")
+    others_workers = [launch(other, f"SELECT pg_advisory_xact_lock({lock})") for lock in (1, 3)]
+    own_worker = launch(waiter, "SELECT pg_advisory_xact_lock(2)")
+
+    def go_on() -> None:
+        wait_any(other, others_workers)
+        other.execute("SELECT pg_advisory_unlock(2)")
+
+    first, own = Background(go_on), Background(lambda: wait(waiter, own_worker))
+    wait_until(lambda: is_blocked(third, others_workers[1].pid))
+    time.sleep(DEADLOCK_TIMEOUT_S + 1.2)
+    third.execute("SELECT pg_advisory_unlock(3)")
+    assert first.finish() is None
+    assert own.finish() is None
+    waiter.execute("SELECT pg_advisory_unlock(1)")
+    wait(other, others_workers[0])
 
 
 def test_no_alarm_in_a_wait_with_a_timeout(waiter: Session) -> None:

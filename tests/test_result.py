@@ -539,3 +539,13 @@ def test_error_of_psycopg_is_the_servers(connect: Callable[..., Session]) -> Non
     session = connect()
     with pytest.raises(psycopg.errors.DivisionByZero):
         run(session, "SELECT 1/0")
+
+
+def test_cancel_behind_the_last_row_leaves_no_worker(conn: Session) -> None:
+    """What a cancel makes of pg_background_result_v2 there: its last statement is never reached."""
+    handle = launch(conn, "SELECT repeat('x', 100) FROM generate_series(1, 1000)")
+    opened = conn.value("SELECT _pg_background_open_result(%s, %s)", handle)
+    assert "_pg_background_batches" in opened
+    assert conn.value("SELECT count(*) > 1 FROM (SELECT _pg_background_batches(%s)) AS batches", (handle.pid,))
+    assert listed(conn) == []
+    assert run(conn, "SELECT 'next' FROM generate_series(1, 1000)")[-1] == ("next",)

@@ -297,17 +297,10 @@ class Beyond:
         deadline = _deadline(timeout_ms)
         endings = self._endings(_given_handles(handles))
         try:
-            position = (
-                wait_for_any(self._server, self._registry.control, list(endings.values()), deadline)
-                if endings
-                else None
-            )
+            first = wait_for_any(self._server, self._registry.control, endings, deadline)
         finally:
             _forget(endings.values())
-        if position is None:
-            return ""
-        pid, cookie = list(endings)[position]
-        return f"({pid},{cookie})"
+        return f"({first.pid},{first.cookie})" if first is not None else ""
 
     def drain(self, handles: list[Row | None], timeout_ms: int | None) -> str:
         """Wait for all and let them go: a JSON array of objects of type pg_background_outcome."""

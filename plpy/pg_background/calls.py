@@ -235,6 +235,7 @@ class Runtime:
         reading = self._reading[pid] = Reading(worker)
         try:
             yield from self._relayed_batches(reading)
+            self._let_go(reading)
         finally:
             if not reading.finished:  # the statement that reads was cancelled, or has failed
                 self._reading.pop(pid, None)
@@ -261,19 +262,23 @@ class Runtime:
             reading.error = self.report_of(error)
             reading.finished = True
 
+    def _let_go(self, reading: Reading) -> None:
+        """Not left to close_result: a cancel between the last rows and that call would leave a worker nobody reads."""
+        try:
+            self._registry.release(reading.worker)
+        except Exception as error:  # noqa: BLE001 - as in reply
+            reading.error = reading.error or self.report_of(error)
+
     @reply
     def close_result(self, pid: int) -> str:
-        """Let the worker go after its rows were read; its error, if it had one."""
+        """End the reading of a worker's rows; its error, if it had one."""
         reading = self._reading.pop(pid, None)
         if reading is None:
             raise background_error(UNDEFINED_OBJECT, f"no result of PID {pid} is being read")
         try:
             self._registry.require_membership(reading.worker.role_oid, pid)
         finally:
-            try:
-                self._reader_settings.put_back(reading.worker.reader_before)
-            finally:
-                self._registry.release(reading.worker)
+            self._reader_settings.put_back(reading.worker.reader_before)
         if reading.error is not None:
             raise BackgroundError(reading.error)
         return ""

@@ -55,7 +55,7 @@ Circle = tuple[Link, ...]
 
 
 class Watch:
-    """Waits of this session for one worker, without a limit. Use it as a context manager.
+    """Waits of this session for one worker, or for the first of several, without a limit. Use it as a context manager.
 
     Nothing is done before deadlock_timeout has passed.
     """
@@ -63,14 +63,14 @@ class Watch:
     # What most waits never change stands here.
     _pause = 0.0
     _look_at = 0.0
-    _seen: Circle = ()
+    _seen: tuple[Circle, ...] = ()
     _confirm_at = 0.0
     _published = False
 
-    def __init__(self, server: Server, control: Control, worker_pid: int) -> None:
+    def __init__(self, server: Server, control: Control, *worker_pids: int) -> None:
         self._server = server
         self._control = control
-        self._worker_pid = worker_pid
+        self._worker_pids = worker_pids
 
     def __enter__(self) -> Watch:
         return self
@@ -82,7 +82,7 @@ class Watch:
     def wait_for(self, descriptors: Sequence[tuple[int, int]]) -> bool:
         """Wait until a descriptor is ready; False after a look, for which the control socket was read.
 
-        40P01 when the worker waits, directly or through others, for this session.
+        40P01 when the worker, or each of them, waits for this session, directly or through others.
         """
         if not self._pause:
             began = time.monotonic()
@@ -97,27 +97,36 @@ class Watch:
         return False
 
     def _look(self) -> None:
-        circle = self._circle()
+        circles = self._circles()
         now = time.monotonic()
-        if not circle:
+        if not circles:
             self._seen = ()
             self._look_at = now + self._pause
             return
-        if circle != self._seen:
-            self._seen = circle
-            gives_way = self._server.pid == min(link.waiter for link in circle if link.is_worker)
+        if circles != self._seen:
+            self._seen = circles
+            gives_way = self._server.pid == min(link.waiter for circle in circles for link in circle if link.is_worker)
             self._confirm_at = now + (_CONFIRM_S if gives_way else _CONFIRM_S + _GIVE_WAY_S)
         elif now >= self._confirm_at:
-            raise self._detected(circle)
+            raise self._detected(circles)
         self._look_at = self._confirm_at
 
-    def _circle(self) -> Circle:
-        """The shortest chain of waits from this session back to itself; empty if there is none."""
-        me = self._server.pid
+    def _circles(self) -> tuple[Circle, ...]:
+        """One for each worker; none at all where one of them waits for others only, or for nobody."""
         workers_of = self._workers_awaited()
-        first = Link(me, self._worker_pid, True)
-        arrived_by: dict[int, Link] = {self._worker_pid: first}
-        unvisited = deque([self._worker_pid])
+        circles: list[Circle] = []
+        for worker_pid in self._worker_pids:
+            circle = self._circle(worker_pid, workers_of)
+            if not circle:
+                return ()
+            circles.append(circle)
+        return tuple(circles)
+
+    def _circle(self, worker_pid: int, workers_of: Mapping[int, Iterable[int]]) -> Circle:
+        """The shortest chain of waits from this session to the worker and back; empty if there is none."""
+        me = self._server.pid
+        arrived_by: dict[int, Link] = {worker_pid: Link(me, worker_pid, True)}
+        unvisited = deque([worker_pid])
         while unvisited:
             process = unvisited.popleft()
             for link in self._waits_of(process, workers_of):
@@ -135,26 +144,38 @@ class Watch:
         yield from (Link(process, blocker, False) for blocker in found or () if blocker)
 
     def _workers_awaited(self) -> Mapping[int, Sequence[int]]:
-        """Whom the sessions of this database wait for, by their pids, after telling whom this one waits for."""
+        """Whom the sessions of this database wait for, by their pids, after telling whom this one waits for.
+
+        Not where it waits for the first of several: others would take it that it waits for each.
+        """
         workers_of: dict[int, list[int]] = {}
         self._published = True  # even if a cancel comes before the answer
         try:
-            pairs = self._control.ask(messages.WAITS_FOR, self._worker_pid)
+            pairs = self._control.ask(messages.WAITS_FOR, self._worker_pids[0] if len(self._worker_pids) == 1 else None)
         except BackgroundError:
             return workers_of  # no supervisor can start at the moment: locks alone can be followed
         for session, worker in pairs:
             workers_of.setdefault(session, []).append(worker)
         return workers_of
 
-    def _detected(self, circle: Circle) -> BackgroundError:
-        me, worker = self._server.pid, self._worker_pid
+    def _detected(self, circles: Sequence[Circle]) -> BackgroundError:
+        me, workers = self._server.pid, ", ".join(map(str, self._worker_pids))
+        if len(self._worker_pids) == 1:
+            message = (
+                f"the background worker with PID {workers} waits for this session (PID {me}),"
+                " which waits for the worker"
+            )
+        else:
+            message = (
+                f"the background workers with PIDs {workers} all wait for this session (PID {me}),"
+                " which waits for the first of them to end"
+            )
         return background_error(
             DEADLOCK_DETECTED,
-            f"deadlock detected: the background worker with PID {worker} waits for this session (PID {me}),"
-            " which waits for the worker",
-            detail="\n".join(map(self._description, (*circle[1:], circle[0]))),
-            hint="The worker goes on when this transaction ends, or the session's lock is released. Commit before"
-            " waiting, or use pg_background_wait_v2_timeout.",
+            f"deadlock detected: {message}",
+            detail="\n".join(self._description(link) for circle in circles for link in (*circle[1:], circle[0])),
+            hint="They go on when this transaction ends, or the session's lock is released. Commit before waiting, or"
+            " wait with a timeout.",
         )
 
     def _description(self, link: Link) -> str:

@@ -83,14 +83,20 @@ def _line(control: Control) -> tuple[int, int]:
     return (control.descriptor, READABLE)
 
 
-def wait_for_any(server: Server, control: Control, endings: Sequence[Ending], deadline: float | None) -> int | None:
-    """The position of one that has come; None at the deadline."""
-    while True:
-        running, awaited = _running(control, endings)
-        if len(running) < len(endings):
-            return next(position for position, ending in enumerate(endings) if ending not in running)
-        if not server.wait_for(awaited, deadline):
-            return None
+def wait_for_any(
+    server: Server, control: Control, endings: dict[Handle, Ending], deadline: float | None
+) -> Handle | None:
+    """One that has come; None at the deadline, or if there are none. 40P01, without one, where none ever will."""
+    with Watch(server, control, *(handle.pid for handle in endings)) as watch:
+        while endings:
+            running, awaited = _running(control, list(endings.values()))
+            if len(running) < len(endings):
+                return next(handle for handle, ending in endings.items() if ending not in running)
+            if deadline is None:
+                watch.wait_for(awaited)
+            elif not server.wait_for(awaited, deadline):
+                break
+    return None
 
 
 def wait_for_all(server: Server, control: Control, endings: dict[Handle, Ending], deadline: float | None) -> None:
