@@ -22,8 +22,9 @@ from .errors import (
     as_json,
     background_error,
 )
+from .job import PREVIEW_CHARACTERS, Job, Parameters, State
 from .row_types import RowTypes
-from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
+from .worker import Worker
 
 if TYPE_CHECKING:
     from .calls import Runtime

@@ -23,10 +23,11 @@ from .errors import (
     background_error,
     report_of_system_call,
 )
+from .job import PREVIEW_CHARACTERS, Job, Parameters, State
 from .registry import Registry
 from .results import INT4, INT8, TEXT, rows_query, streamed, texts_of, written_out
 from .server import Server
-from .worker import PREVIEW_CHARACTERS, Job, Parameters, State, Worker
+from .worker import Worker
 
 if TYPE_CHECKING:
     from .beyond import Beyond

@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 from . import messages
 from .control import Control
 from .deadlock import Watch
+from .job import State
 from .server import READABLE, Server
-from .worker import State, Worker
+from .worker import Worker
 
 
 class Handle(NamedTuple):

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from . import messages, wire
 from .control import SessionLeftError
 from .errors import INVALID_PARAMETER_VALUE, background_error
+from .job import KEY_BITS, Job
 from .session import WorkerSession
-from .worker import KEY_BITS, Job
 
 if TYPE_CHECKING:
     from .registry import Registry

@@ -17,6 +17,7 @@ from .errors import (
     BackgroundError,
     background_error,
 )
+from .job import Job, State
 from .loopback import Loopback
 from .results import TypeNames, TypeStyles
 from .server import Server
@@ -24,7 +25,7 @@ from .session import WorkerSession
 from .sessions import Sessions
 from .settings import Configuration
 from .starter import Starter
-from .worker import Job, State, Worker
+from .worker import Worker
 
 if TYPE_CHECKING:
     from .bootstrap import Module

@@ -1,134 +1,58 @@
-"""A worker: one job, running in a worker session, and what it has said so far."""
+"""A worker: one job, running in a worker session. What it says, intake.py takes in."""
 
 from __future__ import annotations
 
-import enum
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, NamedTuple, Optional
+from typing import Any
 
 from . import messages, output_settings, wire
 from .backlog import Backlog, Item
 from .control import Control
 from .deadlock import Watch
-from .errors import (
-    ADMIN_SHUTDOWN,
-    CONNECTION_FAILURE,
-    FEATURE_NOT_SUPPORTED,
-    QUERY_CANCELED,
-    BackgroundError,
-    Report,
-    report_of_system_call,
-)
+from .errors import ADMIN_SHUTDOWN, CONNECTION_FAILURE, QUERY_CANCELED, BackgroundError, Report
+from .intake import Intake
+from .job import KEY_BITS, Job, State
 from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
-from .results import Column, TypeStyles, encode_rows
+from .results import TypeStyles
 from .server import READABLE, Server
-from .session import SURELY_WRITTEN_BYTES, CleanUp, WorkerSession, report_of
+from .session import SURELY_WRITTEN_BYTES, CleanUp, WorkerSession
 from .settings import Configuration
 
-if TYPE_CHECKING:
-    from psycopg.pq.abc import PGresult
-
-# What a wait keeps in memory of a worker's unread output, beyond its queue_size, before it goes to a file.
-_KEPT_BYTES = 4 * 1024 * 1024
 _NO_LIMIT = 1 << 62
-KEY_BITS = 63
-PREVIEW_CHARACTERS = 120
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
 _TYPICAL_ROW_BYTES = 256
 
 _INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
-# psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
-_EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
-_COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 8, 9, 12
 
-
-class State(enum.Enum):
-    """A worker's state as `pg_background_list_v2` shows it."""
-
-    RUNNING = "running"
-    STOPPED = "stopped"
-    CANCELED = "canceled"
-    ERROR = "error"
-
-
-# The values of $1, $2 and so on, as text in the database's encoding; None is NULL.
-Parameters = Sequence[Optional[bytes]]
-
-
-class Job(NamedTuple):
-    """What is to be run, and how."""
-
-    sql: str
-    queue_size: int
-    submitted: bool = False
-    label: str | None = None
-    parameters: Parameters | None = None  # then the extended protocol runs it: a single statement
-    discards: bool = False  # nobody will read its rows
-
-    def packet(self, server: Server) -> bytes:
-        """The messages that run it, for a session whose answer libpq does not read."""
-        sql = server.encode(self.sql)
-        return wire.query_message(sql) if self.parameters is None else wire.bound_query_messages(sql, self.parameters)
-
-    def announced(
-        self, key: int, cookie: int, session: WorkerSession, configuration: Configuration, launched_us: int
-    ) -> messages.Announcement:
-        """What the supervisor is told of it."""
-        return messages.Announcement(
-            key,
-            session.pid,
-            cookie,
-            session.role_oid,
-            self.label,
-            self.submitted,
-            self.queue_size,
-            self.sql[:PREVIEW_CHARACTERS],
-            launched_us,
-            session.process_start,
-            configuration.history_ms,
-        )
-
-
-class Worker:
+class Worker(Intake):
     """A job in a worker session, from the moment its SQL was sent.
 
     `key` is random and names the job everywhere; the cookie is the same, but 0 for a worker of version 1.
     """
 
-    # What most jobs never change stands here: to set it for each would take a tenth of a launch's time.
-    state = State.RUNNING
-    error: Report | None = None
-    unreadable: Report | None = None  # why its rows cannot be returned, however well it went
-    _keeps = True  # what it says, for its reader
+    # What most jobs never change stands here and in Intake: to set it for each would take a tenth of a launch's time.
     consumed = False
     counted = False
     announced = False  # the supervisor knows of it
     _announced_on = 0  # which connection to a supervisor that was
     detached = False
-    _touched = False  # of its output something was read
     _clean_ups = 0  # answers that follow the job's
     signaled = False  # a cancel may still be on its way: the session is not reused
     cancel_requested = False
     stop_message: str | None = None  # why, where the server does not know it
     changes: Mapping[str, Any] = {}  # what its end has changed in its row
-    columns: tuple[Column, ...] | None = None
     elapsed_ms = 0.0
     started_settings: Mapping[str, str] = {}
     dependence = output_settings.Dependence(())
     reader_before: Mapping[str, str] = {}
     _terminate_at: float | None = None  # the end of a cancel's grace, of time.monotonic()
-    _chunk_tag = b""
-    _statements = 1
-    _tags_seen = 0  # the probe's too
-    _untaken: PGresult | None = None  # while it was taken in, a query of this session failed: it was cancelled, say
-    _ended_settings: Mapping[str, str] | None = None
     _writing = False  # the job has been sent in part
 
     def __init__(
@@ -153,7 +77,7 @@ class Worker:
         self.cookie = 0 if v1 else self.key
         self.role_oid = session.role_oid
         self.backlog = Backlog()
-        self._tags: list[bytes] = []
+        self._tags = []
         self._launched_us = time.time_ns() // 1000
         self._started_ns = time.monotonic_ns()
 
@@ -280,50 +204,9 @@ class Worker:
         return None if self.job.parameters is not None else self._statements + self._probes
 
     @property
-    def ended(self) -> bool:
-        """Whether the job has reached its end, as far as was read."""
-        return self.state is not State.RUNNING
-
-    def pump(self, limit: int, *, arrived: bool = False) -> None:
-        """Take in what has arrived, without waiting, while less than `limit` bytes lie unread.
-
-        What libpq has read is taken in to its end: nobody else would find it, were this session to end.
-        arrived: whether something has, for certain.
-        """
-        connection = self.session.connection
-        if self._untaken is not None and self.state is State.RUNNING:
-            self._take(self._untaken)
-            self._untaken = None
-        while self.state is State.RUNNING:
-            if connection.is_busy():
-                if self.backlog.bytes_in_memory >= limit:
-                    return
-                if not (arrived or self._server.is_readable(connection.socket)):
-                    return
-                arrived = False
-                self._consume()
-                continue
-            result = connection.get_result()
-            if result is None:
-                self._end()
-                continue
-            try:
-                self._take(result)
-            except BaseException:
-                self._untaken = result  # libpq has given it away
-                raise
-
-    @property
     def read_elsewhere(self) -> bool:
         """Whether the supervisor reads this worker's socket, and tells us of its end."""
         return self.job.submitted or self.detached
-
-    @property
-    def command_tags(self) -> str | None:
-        """Those of a job that has ended well and returned no rows, one a line."""
-        if self.state is not State.STOPPED or self.columns is not None:
-            return None
-        return "\n".join(map(self._server.decode, self._tags))
 
     def look(self) -> None:
         """Bring the state up to date without reading more than queue_size ahead."""
@@ -409,11 +292,6 @@ class Worker:
         return written
 
     @property
-    def problem(self) -> Report | None:
-        """What its reader is to be told: its own error, or why its rows cannot be returned."""
-        return self.error or self.unreadable
-
-    @property
     def is_reusable(self) -> bool:
         """Whether the session can run another job: its connection lives, and no signal is on its way to it."""
         timed = self.configuration.worker_timeout_ms > 0 and self.state is State.ERROR
@@ -432,92 +310,6 @@ class Worker:
         self.changes = changes
         self._set_ended(State(changes["state"]))
 
-    # --- taking in ---
-
-    def _consume(self) -> None:
-        self._touched = True
-        try:
-            self.session.connection.consume_input()
-        except Exception as error:
-            report = self.session.loss(error)
-            if report is None:
-                raise
-            self._fail(report)
-            self._end()
-
-    def _take(self, result: PGresult) -> None:
-        status = result.status
-        if status in (_TUPLES_CHUNK, _SINGLE_TUPLE):
-            self._take_rows(result)
-            self._chunk_tag = result.command_status or b""
-        elif status in (_TUPLES_OK, _COMMAND_OK, _EMPTY_QUERY):
-            if status == _TUPLES_OK:
-                self._take_rows(result)
-            self._tags_seen += status != _EMPTY_QUERY
-            if status != _EMPTY_QUERY and len(self._tags) < self._statements:
-                # libpq gives the tag to the last chunk, if that was not full, and the end of the rows has none.
-                self._tags.append(result.command_status or self._chunk_tag)
-                self._chunk_tag = b""
-        elif status in (_COPY_OUT, _COPY_IN, _COPY_BOTH):
-            self._refuse_copy()
-        else:
-            self._fail(report_of(result, self._server, self.pid))
-
-    def _take_rows(self, result: PGresult) -> None:
-        """Rows count when they are those of the last statement; the probe's come after it."""
-        position = len(self._tags)
-        if self.job.discards:
-            return
-        if position == self._statements - 1:
-            if self.columns is None:
-                self.columns = self._columns_of(result)
-            if result.ntuples and self.problem is None:
-                try:
-                    for rows in encode_rows(result, self.columns):
-                        self._keep(rows)
-                except BackgroundError as error:
-                    self.unreadable = error.report
-        elif position == self._statements and self._statements > 1 and result.ntuples:
-            self._ended_settings = output_settings.settings_of(self._server, result)
-
-    def _columns_of(self, result: PGresult) -> tuple[Column, ...]:
-        try:
-            return self._styles.columns(result)
-        except BackgroundError as error:
-            self.unreadable = error.report
-            return ()
-
-    def _refuse_copy(self) -> None:
-        """COPY with the client that the lexer could not see coming: end it, and the session with it."""
-        self._fail(
-            Report(
-                FEATURE_NOT_SUPPORTED,
-                "a background worker cannot COPY to or from the client",
-                hint="COPY to or from a file or program, or use INSERT and SELECT.",
-                worker_pid=self.pid,
-            )
-        )
-        self.session.connection.finish()
-        self._end()
-
-    def _take_notice(self, result: PGresult) -> None:
-        report = report_of(result, self._server, self.pid)
-        if report.severity != "FATAL":  # the end of its session after its own is nothing to who reads its rows
-            self._keep(report)
-
-    def _keep(self, item: Item) -> None:
-        """For who reads the result. Where there is no room for it the job goes on, and the reader gets an error."""
-        if not self._keeps:
-            return
-        try:
-            self.backlog.append(item, max(self.job.queue_size, _KEPT_BYTES))
-        except OSError as error:
-            self.unreadable, self._keeps = self.unreadable or report_of_system_call(error), False
-
-    def _fail(self, report: Report) -> None:
-        if self.error is None:
-            self.error = report
-
     def _end(self) -> None:
         """The job is over: commit or rollback has happened. The supervisor need not find out by itself."""
         if self.ended:
@@ -532,12 +324,6 @@ class Worker:
         self.changes = self._changes()
         finished = [messages.FINISHED, self.key, self.changes, time.monotonic_ns()]
         self._control.report_end(finished, self._announced_on, self._ended_row)
-
-    def _check_encoding(self) -> None:
-        try:
-            output_settings.refuse_encoding(self.columns or (), self.session, self._ended_settings or {})
-        except BackgroundError as error:
-            self.unreadable = error.report
 
     def _ended_row(self) -> dict[str, Any]:
         ended_at = self.launched_at + timedelta(milliseconds=self.elapsed_ms)
