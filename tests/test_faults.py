@@ -169,8 +169,8 @@ def test_system_calls_with_a_supervisor(
 @pytest.mark.parametrize(
     ("place", "number", "code"),
     [
-        ("session.os.write", errno.EPIPE, "08006"),
-        ("session.os.write", errno.ECONNRESET, "08006"),
+        ("past_libpq.os.write", errno.EPIPE, "08006"),
+        ("past_libpq.os.write", errno.ECONNRESET, "08006"),
         ("on_commit.os.memfd_create", errno.EMFILE, "53000"),
         ("on_commit.os.memfd_create", errno.ENOMEM, "53200"),
         ("on_commit.os.write", errno.ENOSPC, "53100"),

@@ -97,6 +97,16 @@ def background_error(
     return BackgroundError(Report(sqlstate, message, detail, hint))
 
 
+def backend_died(worker_pid: int | None, detail: str | None = None) -> Report:
+    """08006: the worker's backend is gone."""
+    return Report(
+        CONNECTION_FAILURE,
+        f"the backend of the background worker with PID {worker_pid} ended unexpectedly",
+        detail=detail or None,
+        hint="The server log may tell why: look for that PID.",
+    )
+
+
 def report_of_system_call(error: OSError) -> Report:
     """What the operating system refused: out of something, or 58030."""
     if error.errno in (errno.EMFILE, errno.ENFILE):

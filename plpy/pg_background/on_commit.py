@@ -68,7 +68,7 @@ class OnCommit:
         session = batch.session
         key = secrets.randbits(KEY_BITS) or 1
         guard, answers = self._guard(_checked_key(marker), session, configuration)
-        clean_up = session.clean_up(configuration.pool_idle_timeout_ms)
+        clean_up = session.cleaning.clean_up(configuration.pool_idle_timeout_ms)
         announcement = job.announced(key, key, session, configuration, time.time_ns() // 1000)
         extras = {
             "clean_ups": clean_up.answers,
@@ -76,7 +76,7 @@ class OnCommit:
             "started_ns": time.monotonic_ns(),
             "guard_bytes": len(guard),
             "guard_answers": answers,
-            "proof": session.proof,
+            "proof": session.cleaning.proof,
         }
         self._server.forbid_prepare()
         batch.unresolved.add(key)
@@ -139,7 +139,7 @@ class OnCommit:
         batch.unresolved.discard(ended.key)
         batch.reports.update(ended.reports)
         has_run = ended.clean_up != messages.NOT_RUN
-        if has_run and (ended.changes is not None or not batch.session.is_clean(ended.clean_up)):
+        if has_run and (ended.changes is not None or not batch.session.cleaning.is_clean(ended.clean_up)):
             batch.dirty = True
         if not has_run and (ended.changes or {}).get("sqlstate") != messages.ROLLED_BACK:
             batch.dirty = True  # its guard failed, or an earlier job could not be cleaned up after

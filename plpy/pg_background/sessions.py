@@ -130,7 +130,7 @@ class Sessions:
 
         True for a session that keeps its launcher waiting for its clean-up, once in so many times; it goes back.
         """
-        if configuration.pool_size <= len(self._pool.idle) + 1 or session.is_clean_up_done:
+        if configuration.pool_size <= len(self._pool.idle) + 1 or session.cleaning.is_done:
             return False
         self._waits_for_clean_up += 1
         if self._waits_for_clean_up % _WAITS_FOR_ANOTHER:
@@ -142,7 +142,7 @@ class Sessions:
         """Whether a kept session was cleaned well; otherwise it has been ended."""
         ready = False
         try:
-            ready = session.is_still_its_role and session.finish_clean_up()
+            ready = session.is_still_its_role and session.cleaning.finish()
         finally:
             if not ready:
                 self.end(session)
@@ -266,7 +266,7 @@ class Sessions:
             self.end(session)
             return
         try:
-            session.send_clean_up(worker.configuration.pool_idle_timeout_ms)
+            session.cleaning.send(worker.configuration.pool_idle_timeout_ms)
         except (OSError, BackgroundError):
             # Its backend has died since the job's end, which is nothing to the job.
             self.end(session)
@@ -284,7 +284,7 @@ class Sessions:
         """What the supervisor has read behind a job's end; reports: what has become of settings."""
         session = self._being_cleaned.pop(key, None)
         if session is not None:
-            self.put_back(session, reports, clean=session.is_clean(answer))
+            self.put_back(session, reports, clean=session.cleaning.is_clean(answer))
 
     def put_back(self, session: WorkerSession, reports: wire.Reports, *, clean: bool) -> None:
         """Keep a session for the next job, or end it."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from . import messages, output_settings, wire
 from .backlog import Backlog, Item
+from .cleaning import CleanUp
 from .control import Control
 from .deadlock import Watch
 from .errors import ADMIN_SHUTDOWN, CONNECTION_FAILURE, QUERY_CANCELED, BackgroundError, Report
@@ -21,7 +22,7 @@ from .lexer import statement_count
 from .messages import TERMINATED, TIMED_OUT
 from .results import TypeStyles
 from .server import READABLE, Server
-from .session import SURELY_WRITTEN_BYTES, CleanUp, WorkerSession
+from .session import SURELY_WRITTEN_BYTES, WorkerSession
 from .settings import Configuration
 
 _NO_LIMIT = 1 << 62
@@ -123,7 +124,7 @@ class Worker(Intake):
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
-        clean_up = self.session.clean_up(self.configuration.pool_idle_timeout_ms)
+        clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
         self._clean_ups = clean_up.answers
         self.tell_supervisor()
         self.session.write(self.job.packet(self._server) + clean_up.packet, self._tell_writing)
@@ -140,7 +141,7 @@ class Worker(Intake):
         """
         if self.ended or self.job.submitted or self._touched or self._writing or self.signaled:
             return None
-        clean_up = self.session.clean_up(self.configuration.pool_idle_timeout_ms)
+        clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
         return clean_up if self.session.has_room_for(clean_up) else None
 
     def detach(self, clean_up: CleanUp | None) -> None:
