@@ -14,7 +14,7 @@ from . import messages, wire
 from .after_commit import AfterCommit
 from .jobs import Jobs
 from .ledger import Ledger
-from .outcomes import drained_answer, lost_connection, outcome_of
+from .outcomes import last_answer, lost_connection, outcome_of
 from .sockets import Sockets
 from .store import KEY, Row
 from .supervised import WINDOW_BYTES, Channel, Job, Link
@@ -70,7 +70,7 @@ class Answers:
             if channel.job is not job or not job.running or channel.reads or channel.drains:
                 return False
         ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
-        answer = wire.last_answer(window, 0, job.tags_after, job.tags_of_commit) if ended else None
+        answer = last_answer(window, job) if ended else None
         if answer is not None:
             self._jobs.end(job, self._outcome_of(job, answer), looked_at)
         elif wire.hung_up(channel.connection):
@@ -210,7 +210,7 @@ class Answers:
             return True
         job = channel.job
         if job is not None and job.running:
-            answer = drained_answer(channel, job)
+            answer = last_answer(channel.tail, job)
             changes = self._outcome_of(job, answer) if answer is not None else lost_connection(job)
             self._tell_ended(channel, job, changes, [])
         self._sockets.close_channel(channel)
@@ -221,7 +221,7 @@ class Answers:
         for channel in self._sockets.channels.values():
             job = channel.job
             if job is not None and job.running and channel.drains:
-                answer = drained_answer(channel, job)
+                answer = last_answer(channel.tail, job)
                 if answer is not None:
                     self._jobs.end(job, self._outcome_of(job, answer), None)
 

@@ -63,6 +63,7 @@ class Cleaning:
         self._proven_answer = b""
         self._answers_awaited = 0
         self._first_answer: bytes | None = None  # what has been read already
+        self._reports: wire.Reports = {}  # of settings, by the job, which libpq does not know of
 
     def adopt(self, inherited: Inherited) -> None:
         """The session gets these settings, and is to have them again after each job."""
@@ -111,6 +112,10 @@ class Cleaning:
             raise BackgroundError(backend_died(self._pid))
         self._answers_awaited = clean_up.answers
 
+    def expect(self, answers: int, received: bytes, reports: wire.Reports) -> None:
+        """It was sent behind the job; some of its answers may have been read with the job's."""
+        self._answers_awaited, self._first_answer, self._reports = answers, received or None, reports
+
     @property
     def is_done(self) -> bool:
         """Whether finish() would not have to wait, as far as can be seen."""
@@ -128,6 +133,7 @@ class Cleaning:
         if not self._answers_awaited:
             return not self._server.is_readable(self._connection.socket)
         all_read, unread, answer = b"", b"", wire.Answer()
+        reports, self._reports = self._reports, {}
         while self._answers_awaited:
             received, self._first_answer = self._first_answer, None
             if received is None:
@@ -135,14 +141,14 @@ class Cleaning:
             if not received:
                 return False
             all_read += received
-            if all_read == self._proven_answer:
+            if all_read == self._proven_answer and not reports:
                 self._answers_awaited = 0
                 return True
             unread, answer = self._take_answers(unread + received, answer)
             if answer.error:
                 return False
         clean = not unread and self._is_clean_answer(answer)
-        reports = wire.reports_in(all_read)
+        reports = {**reports, **wire.reports_in(all_read)}
         self._proven_answer = all_read if clean and not reports else b""
         return clean and libpq_feed.has_heard(self._connection, reports)
 

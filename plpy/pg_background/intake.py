@@ -1,18 +1,31 @@
-"""What a worker says through libpq, taken in: its rows, notices, command tags and errors."""
+"""What a worker says, taken in: its rows, notices, command tags and errors.
+
+A job is sent past libpq, and a small answer is read past it too, which takes a fraction of the time. Where the answer
+is not small, libpq takes over.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
-from . import output_settings
-from .backlog import Backlog, Item
-from .errors import FEATURE_NOT_SUPPORTED, BackgroundError, Report, report_of_system_call
+from . import output_settings, wire
+from .backlog import Backlog, Item, Rows
+from .errors import (
+    FEATURE_NOT_SUPPORTED,
+    PROTOCOL_VIOLATION,
+    BackgroundError,
+    Report,
+    backend_died,
+    report_of_system_call,
+)
 from .job import Job, State
-from .results import Column, TypeStyles, encode_rows
+from .past_libpq import read_what_is_there
+from .results import Column, TypeStyles, encode_rows, encode_values, fields_of
 from .server import Server
-from .session import WorkerSession, report_of
+from .session import WorkerSession, report_of, report_of_message
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -23,6 +36,16 @@ _KEPT_BYTES = 4 * 1024 * 1024
 # psycopg.pq.ExecStatus, as integers: looking an enum up costs more than the comparison.
 _EMPTY_QUERY, _COMMAND_OK, _TUPLES_OK, _COPY_OUT, _COPY_IN = 0, 1, 2, 3, 4
 _COPY_BOTH, _SINGLE_TUPLE, _TUPLES_CHUNK = 8, 9, 12
+
+# Kinds of messages: what a small answer may consist of; those that tell nothing here; COPY with the client.
+_SMALL = frozenset((b"C", b"Z", b"T", b"D", b"E", b"N", b"I", b"1", b"2", b"n"))
+_COPY = (b"G", b"H", b"W")
+_IDLE = b"I"
+_MESSAGE_HEADER_BYTES = 5
+
+
+def _is_row(message: tuple[bytes, bytes]) -> bool:
+    return message[0] == b"D"
 
 
 class Intake(ABC):
@@ -49,6 +72,15 @@ class Intake(ABC):
     _tags_seen = 0  # the probe's too
     _untaken: PGresult | None = None  # while it was taken in, a query of this session failed: it was cancelled, say
     _ended_settings: Mapping[str, str] | None = None
+    _direct = False  # libpq knows nothing of the job
+    _clean_ups = 0  # answers that follow the job's
+    _unread = b""  # of what was read past libpq: an answer's start, or at the end what follows it
+    _reports: wire.Reports = wire.NO_REPORTS  # what has become of settings, as was read past libpq
+    _usable = True  # nothing has shown that the session is not
+
+    @abstractmethod
+    def _let_libpq_take_over(self, received: bytes) -> bool:
+        """Have libpq read the answer, which starts with what was received; whether it does."""
 
     @abstractmethod
     def _end(self) -> None:
@@ -77,6 +109,10 @@ class Intake(ABC):
         What libpq has read is taken in to its end: nobody else would find it, were this session to end.
         arrived: whether something has, for certain.
         """
+        if self._direct:
+            self._pump_directly(limit)
+            if self._direct:
+                return
         connection = self.session.connection
         if self._untaken is not None and self.state is State.RUNNING:
             self._take(self._untaken)
@@ -99,6 +135,77 @@ class Intake(ABC):
             except BaseException:
                 self._untaken = result  # libpq has given it away
                 raise
+
+    def _pump_directly(self, limit: int) -> None:
+        while self._direct and self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
+            received = read_what_is_there(self.session.connection)
+            if received is None:
+                return
+            self._touched = True
+            self._unread += received
+            lone = wire.lone_tag(self._unread)
+            if lone is None:
+                self._take_directly(at_end=not received)
+                continue
+            self._tags.append(lone[0])
+            self._tags_seen = 1
+            self._unread = self._unread[lone[1] :]
+            self._end()
+
+    def _take_directly(self, *, at_end: bool) -> None:
+        """Take the messages that are there; their answer is a small one, or one that a clean-up's follow.
+
+        at_end: nothing more will come. All others are left to libpq, unless no descriptor is left for that.
+        """
+        try:
+            messages, end = wire.whole_messages(self._unread)
+        except ValueError as error:
+            self._break_off(Report(PROTOCOL_VIOLATION, f"the background worker with PID {self.pid} broke off: {error}"))
+            return
+        kinds = [kind for kind, _ in messages]
+        is_small = end == len(self._unread) and kinds[-1:] == [b"Z"] and _SMALL.issuperset(kinds)
+        if not is_small and not self._clean_ups and self._let_libpq_take_over(self._unread):
+            self._direct, self._unread = False, b""
+            return
+        for are_rows, group in groupby(messages, _is_row):
+            if are_rows:
+                self._take_rows_directly([body for _, body in group])
+                continue
+            for kind, body in group:
+                self._take_message(kind, body)
+        if at_end and not self.ended:
+            self._break_off(backend_died(self.pid))
+
+    def _take_rows_directly(self, bodies: list[bytes]) -> None:
+        if self.columns and self.problem is None and not self.job.discards:
+            self._keep_rows([encode_values([wire.row_values(body) for body in bodies], self.columns)])
+        self._unread = self._unread[sum(map(len, bodies)) + _MESSAGE_HEADER_BYTES * len(bodies) :]
+
+    def _take_message(self, kind: bytes, body: bytes) -> None:
+        """Where that fails, it is taken again: no message is taken by half."""
+        if kind == b"C":
+            self._tags_seen += 1
+            self._tags.append(body.rstrip(b"\0"))
+        elif kind == b"T":
+            self.columns = self._columns_of(wire.row_description(body))
+        elif kind == b"E":
+            self._fail(report_of_message(body, self._server, self.pid))
+        elif kind == b"N":
+            self._take_report(report_of_message(body, self._server, self.pid))
+        elif kind == b"S":
+            self._reports = {**self._reports, **wire.report(body)}
+        elif kind in _COPY:
+            self._refuse_copy()
+        self._unread = self._unread[_MESSAGE_HEADER_BYTES + len(body) :]
+        if kind == b"Z":
+            self._usable = self._usable and body == _IDLE
+            self._end()
+
+    def _break_off(self, report: Report) -> None:
+        """The job's answer does not come to its end."""
+        self._usable = False
+        self._fail(report)
+        self._end()
 
     def _consume(self) -> None:
         self._touched = True
@@ -136,19 +243,22 @@ class Intake(ABC):
             return
         if position == self._statements - 1:
             if self.columns is None:
-                self.columns = self._columns_of(result)
+                self.columns = self._columns_of(fields_of(result))
             if result.ntuples and self.problem is None:
-                try:
-                    for rows in encode_rows(result, self.columns):
-                        self._keep(rows)
-                except BackgroundError as error:
-                    self.unreadable = error.report
+                self._keep_rows(encode_rows(result, self.columns))
         elif position == self._statements and self._statements > 1 and result.ntuples:
             self._ended_settings = output_settings.settings_of(self._server, result)
 
-    def _columns_of(self, result: PGresult) -> tuple[Column, ...]:
+    def _keep_rows(self, batches: Iterable[Rows]) -> None:
         try:
-            return self._styles.columns(result)
+            for rows in batches:
+                self._keep(rows)
+        except BackgroundError as error:
+            self.unreadable = error.report
+
+    def _columns_of(self, fields: Sequence[wire.Field]) -> tuple[Column, ...]:
+        try:
+            return self._styles.columns(fields)
         except BackgroundError as error:
             self.unreadable = error.report
             return ()
@@ -167,7 +277,9 @@ class Intake(ABC):
         self._end()
 
     def _take_notice(self, result: PGresult) -> None:
-        report = report_of(result, self._server, self.pid)
+        self._take_report(report_of(result, self._server, self.pid))
+
+    def _take_report(self, report: Report) -> None:
         if report.severity != "FATAL":  # the end of its session after its own is nothing to who reads its rows
             self._keep(report)
 
@@ -186,6 +298,6 @@ class Intake(ABC):
 
     def _check_encoding(self) -> None:
         try:
-            output_settings.refuse_encoding(self.columns or (), self.session, self._ended_settings or {})
+            output_settings.refuse_encoding(self.columns or (), self.session, self._ended_settings or self._reports)
         except BackgroundError as error:
             self.unreadable = error.report

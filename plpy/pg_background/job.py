@@ -43,7 +43,9 @@ class Job(NamedTuple):
     def packet(self, server: Server) -> bytes:
         """The messages that run it, for a session whose answer libpq does not read."""
         sql = server.encode(self.sql)
-        return wire.query_message(sql) if self.parameters is None else wire.bound_query_messages(sql, self.parameters)
+        if self.parameters is None:
+            return wire.query_message(sql)
+        return wire.bound_query_messages(sql, self.parameters, describe=not self.submitted)
 
     def announced(
         self, key: int, cookie: int, session: WorkerSession, configuration: Configuration, launched_us: int

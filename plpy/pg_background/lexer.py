@@ -56,6 +56,7 @@ _COMMENT_EDGE = re.compile(r"/\*|\*/")
 _ESCAPED_EDGE = re.compile(r"\\.|''|'", re.DOTALL)
 # A literal goes on, in the same mode, behind white space and line comments that hold a line end.
 _CONTINUATION = re.compile(r"[ \t\f\v]*(?:--[^\n\r]*)?[\n\r](?:[ \t\n\r\f\v]|--[^\n\r]*[\n\r])*'")
+_WRITES = re.compile(r"[ \t\n\r\f\v]*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE | re.ASCII)
 _BLANK_START = re.compile(r"[ \t\n\r\f\v]*(?:[-/;]|\Z)")
 
 _SPACE = " \t\n\r\f\v"
@@ -108,6 +109,14 @@ def statement_count(sql: str, standard_conforming_strings: bool) -> int:
         if first_end < 0 or not sql[first_end + 1 :].strip(_SPACE):
             return 1
     return sum(1 for _ in statements(sql, standard_conforming_strings))
+
+
+def returns_no_rows(sql: str) -> bool:
+    """Whether a statement is one that returns no rows: INSERT, UPDATE, DELETE or MERGE, without RETURNING.
+
+    A rule may make it return some all the same.
+    """
+    return _WRITES.match(sql) is not None and "RETURNING" not in sql.upper()
 
 
 def is_balanced(sql: str, standard_conforming_strings: bool) -> bool:

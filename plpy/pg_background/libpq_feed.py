@@ -1,10 +1,11 @@
-"""Has libpq take in messages that did not come from the worker: what another has read in its place."""
+"""Has libpq take in messages that did not come from the worker, and send some to nobody: what was read in its place."""
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from . import wire
@@ -34,31 +35,55 @@ def has_read(connection: PGconn, packets: Sequence[bytes]) -> bool:
 
     It reads them from another socket, which takes the connection's place for that moment.
     """
-    descriptor = connection.socket
     try:
-        here, there = socket.socketpair()
-        with here, there:
-            here.setblocking(False)
-            there.setblocking(False)
-            kept = os.dup(descriptor)
-            try:
-                os.dup2(there.fileno(), descriptor, inheritable=False)
-                for packet in packets:
-                    _feed(connection, here, packet)
-            finally:
-                os.dup2(kept, descriptor, inheritable=False)
-                os.close(kept)
-                if connection.status != _CONNECTION_OK:
-                    os.close(descriptor)  # libpq has closed the one that had its number
+        with _in_its_place(connection) as source:
+            for packet in packets:
+                for _ in _feed(connection, source, packet):
+                    is_busy = connection.is_busy()
+                while not is_busy and connection.get_result() is not None:
+                    is_busy = connection.is_busy()
     except Exception:  # noqa: BLE001 - no descriptor is left (OSError), libpq gave it up (psycopg.OperationalError)
         return False
     return connection.transaction_status == _IDLE
 
 
-def _feed(connection: PGconn, source: socket.socket, packet: bytes) -> None:
-    for start in range(0, len(packet), _FED_BYTES):  # so many libpq reads at once
+def has_taken_over(connection: PGconn, ask: Callable[[], None], received: bytes) -> bool:
+    """Have libpq read the rest of an answer, as if it had asked; False where no descriptor is left for that.
+
+    ask: sends any query, which goes to nobody. received: what of the answer has been read already.
+    """
+    try:
+        with _in_its_place(connection) as source:
+            ask()
+            for _ in _feed(connection, source, received):
+                pass
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _in_its_place(connection: PGconn) -> Iterator[socket.socket]:
+    """Another socket takes the place of the connection's meanwhile; its other end. OSError where that cannot be."""
+    descriptor = connection.socket
+    here, there = socket.socketpair()
+    with here, there:
+        here.setblocking(False)
+        there.setblocking(False)
+        kept = os.dup(descriptor)
+        try:
+            os.dup2(there.fileno(), descriptor, inheritable=False)
+            yield here
+        finally:
+            os.dup2(kept, descriptor, inheritable=False)
+            os.close(kept)
+            if connection.status != _CONNECTION_OK:
+                os.close(descriptor)  # libpq has closed the one that had its number
+
+
+def _feed(connection: PGconn, source: socket.socket, packet: bytes) -> Iterator[None]:
+    """Give libpq a packet, a piece at a time: so many bytes it reads at once."""
+    for start in range(0, len(packet), _FED_BYTES):
         source.sendall(packet[start : start + _FED_BYTES])
         connection.consume_input()
-        is_busy = connection.is_busy()
-    while not is_busy and connection.get_result() is not None:
-        is_busy = connection.is_busy()
+        yield

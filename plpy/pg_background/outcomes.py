@@ -8,7 +8,7 @@ from typing import Callable
 
 from . import messages, wire
 from .store import Row
-from .supervised import Channel, Job
+from .supervised import Job
 
 LOST = "08006"  # the outcome is unknown, as far as was seen
 _CLEAN_UP_TAG = b"DISCARD ALL"  # of the first answer that is not the job's
@@ -37,10 +37,10 @@ def outcome_of(job: Job, answer: wire.Answer, decode: Callable[[bytes], str]) ->
     return changes
 
 
-def drained_answer(channel: Channel, job: Job) -> wire.Answer | None:
-    """The job's answer, with as many of the clean-up's behind it as have come."""
+def last_answer(tail: bytes, job: Job) -> wire.Answer | None:
+    """The job's answer in the tail of a stream, with as many of the clean-up's behind it as have come."""
     for groups_after in range(job.groups_after, -1, -1):
-        answer = wire.last_answer(channel.tail, groups_after, job.tags_after, job.tags_of_commit)
+        answer = wire.last_answer(tail, groups_after, job.tags_after, job.tags_of_commit)
         if answer is not None:
             is_clean_up = groups_after != job.groups_after and answer.tag == _CLEAN_UP_TAG
             return None if is_clean_up else answer  # the job's is not there any more

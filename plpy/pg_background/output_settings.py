@@ -225,6 +225,22 @@ def after_end(server: Server, session: WorkerSession, dependence: Dependence) ->
     return {name: server.decode(session.connection.parameter_status(name.encode()) or b"") for name in _REPORTED}
 
 
+def reported(dependence: Dependence, started: Mapping[str, str], reports: Mapping[str, str | None]) -> dict[str, str]:
+    """As after_end, where the session has been cleaned since: of what the server told by itself. 0A000 for the rest."""
+    refuse_unreported(dependence)
+    return {name: reports.get(name) or started[name] for name in _REPORTED}
+
+
+def refuse_unreported(dependence: Dependence) -> None:
+    """0A000 where rows depend on settings that the server does not report by itself."""
+    if not _REPORTED.issuperset(dependence.settings):
+        raise _unreadable(
+            "the background worker's INSERT, UPDATE, DELETE or MERGE has returned rows, though it has no RETURNING",
+            "The session's settings, on which they depend, were reset right behind it.",
+            "Use a SELECT where a rule returns rows, or set pg_background.pool_size to 0.",
+        )
+
+
 def with_schemas(
     server: Server,
     session: WorkerSession,
@@ -262,10 +278,10 @@ def settings_of(server: Server, row: PGresult) -> dict[str, str]:
     return {name: server.decode(row.get_value(0, place) or b"") for place, name in enumerate(_PROBED)}
 
 
-def refuse_encoding(columns: Iterable[Column], session: WorkerSession, ended: Mapping[str, str]) -> None:
+def refuse_encoding(columns: Iterable[Column], session: WorkerSession, ended: Mapping[str, str | None]) -> None:
     """0A000 when a job has ended under another client_encoding than it began with, and has returned text.
 
-    ended: what its probe said, if it had one.
+    ended: what its probe said, if it had one, or what the server has reported.
     """
     encoding = session.encoding
     now = session.connection.parameter_status(_ENCODING.encode()) or b""

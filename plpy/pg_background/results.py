@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .backlog import Rows
 from .errors import DATATYPE_MISMATCH, FEATURE_NOT_SUPPORTED, background_error
 from .server import Server
+from .wire import Field
 
 if TYPE_CHECKING:
     from psycopg.pq.abc import PGresult
@@ -90,23 +91,19 @@ class TypeStyles:
         self._server = server
         self._built_in = dict.fromkeys(PLAIN_TYPES, Style.PLAIN)
 
-    def columns(self, result: PGresult) -> tuple[Column, ...]:
+    def columns(self, fields: Sequence[Field]) -> tuple[Column, ...]:
         """The columns of a result. 42804 when it has none."""
-        if not result.nfields:
+        if not fields:
             raise background_error(
                 DATATYPE_MISMATCH,
                 "the result of the background worker has no columns",
                 hint="Select at least one column.",
             )
-        types = [(result.ftype(i), result.fmod(i)) for i in range(result.nfields)]
-        styles = self._styles({oid for oid, _ in types})
-        chosen = [_style_of_column(styles.get(oid), typmod) for oid, typmod in types]
+        styles = self._styles({field.type_oid for field in fields})
+        chosen = [_style_of_column(styles.get(field.type_oid), field.typmod) for field in fields]
         if Style.RECORDS in chosen:  # then all are functions in FROM, where unnest would take a row to pieces
             chosen = [Style.RECORDS if style is Style.PACKED else style for style in chosen]
-        return tuple(
-            Column(result.fname(i) or b"", oid, typmod, style)
-            for i, ((oid, typmod), style) in enumerate(zip(types, chosen))
-        )
+        return tuple([Column(*field, style) for field, style in zip(fields, chosen)])
 
     def _styles(self, oids: set[int]) -> dict[int, Style]:
         """The styles of those types that can be seen here; one that the job itself has made cannot yet."""
@@ -146,6 +143,16 @@ def _style_of_column(style: Style | None, typmod: int) -> Style:
     if style is None or (style is Style.PACKED and typmod != -1):
         return Style.RECORDS
     return style
+
+
+def fields_of(result: PGresult) -> list[Field]:
+    """The columns of a result, as the server describes them."""
+    return [Field(result.fname(i) or b"", result.ftype(i), result.fmod(i)) for i in range(result.nfields)]
+
+
+def encode_values(rows: Sequence[Sequence[bytes | None]], columns: tuple[Column, ...]) -> Rows:
+    """A batch of a few rows."""
+    return Rows(tuple([column.encode(list(values)) for column, values in zip(columns, zip(*rows))]))
 
 
 def encode_rows(result: PGresult, columns: tuple[Column, ...]) -> Iterator[Rows]:

@@ -40,6 +40,7 @@ _CONNECTION_OK = 0  # ConnStatus.OK
 _PYTHON_ERROR = re.compile(r"^(?:plpy|spiexceptions)\.\w+: ")
 
 _FIELD_CODES = {**wire.FIELD_CODES, "severity": ord("V")}
+_FIELD_NAMES = {code: name for name, code in _FIELD_CODES.items()}
 
 # In a query of its own, between whose end and the job nothing runs: only what is committed proves anything.
 _FORGET_ROLES = b"RESET ROLE; RESET SESSION AUTHORIZATION"
@@ -64,6 +65,12 @@ def report_of(result: PGresult, server: Server, worker_pid: int | None = None) -
         message = server.decode(result.error_message or b"").strip()
         return backend_died(worker_pid, message)
     return Report(worker_pid=worker_pid, **{"message": "", **fields})
+
+
+def report_of_message(body: bytes, server: Server, worker_pid: int) -> Report:
+    """The same, where libpq has not read it."""
+    fields = {name: server.decode(value) for name, value in wire.error_fields(body, _FIELD_NAMES).items()}
+    return Report(worker_pid=worker_pid, **{"sqlstate": INTERNAL_ERROR, "message": "", **fields})
 
 
 class WorkerSession:
@@ -221,9 +228,9 @@ class WorkerSession:
         """Whether its few kilobytes can be written at once."""
         return len(clean_up.packet) <= AT_ONCE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
 
-    def queue_clean_up(self, clean_up: CleanUp) -> None:
-        """Send it behind a job whose answer the supervisor reads, not libpq."""
-        self._out_of_step = True
+    def queue_clean_up(self, clean_up: CleanUp, *, libpq_waits: bool) -> None:
+        """Send it behind a job whose answer the supervisor reads; libpq_waits: libpq was told of that job."""
+        self._out_of_step = libpq_waits
         self.write(clean_up.packet, lambda _: None)
 
     def resynchronize(self, reports: wire.Reports) -> bool:

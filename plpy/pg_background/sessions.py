@@ -266,7 +266,7 @@ class Sessions:
             self.end(session)
             return
         try:
-            session.cleaning.send(worker.configuration.pool_idle_timeout_ms)
+            worker.begin_clean_up()
         except (OSError, BackgroundError):
             # Its backend has died since the job's end, which is nothing to the job.
             self.end(session)

@@ -5,6 +5,7 @@ An answer is a group of messages of PostgreSQL's protocol that ends with ReadyFo
 
 from __future__ import annotations
 
+import re
 import select
 import socket
 import struct
@@ -46,6 +47,11 @@ FIELD_CODES = {
 }
 _FIELD_NAMES = {code: name for name, code in FIELD_CODES.items()}
 
+# A column of a RowDescription, behind its name: table, its column, type, its length, typmod, format.
+_FIELD = struct.Struct("!IhIhih")
+# CommandComplete and ReadyForQuery; no tag is as long as 250 bytes.
+_LONE_TAG = re.compile(rb"C\x00\x00\x00[\x06-\xff]([^\x00]+)\x00Z\x00\x00\x00\x05I", re.DOTALL)
+
 
 def query_message(sql: bytes) -> bytes:
     """A simple-protocol Query."""
@@ -58,14 +64,18 @@ def call_message(function_oid: int, argument: bytes) -> bytes:
     return b"F" + struct.pack("!I", len(body) + 4) + body
 
 
-def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None]) -> bytes:
-    """The extended protocol's Parse, Bind, Execute and Sync for one statement; its answer is a group as well."""
+def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None], *, describe: bool) -> bytes:
+    """The extended protocol's Parse, Bind, Execute and Sync for one statement; its answer is a group as well.
+
+    describe: the answer is to tell the columns of the rows, as that to a Query does.
+    """
     values = b"".join(
         [struct.pack("!i", -1) if value is None else struct.pack("!i", len(value)) + value for value in parameters]
     )
     messages = (
         (b"P", b"\0" + sql + b"\0" + struct.pack("!H", 0)),
         (b"B", b"\0\0" + struct.pack("!HH", 0, len(parameters)) + values + struct.pack("!H", 0)),
+        *([(b"D", b"P\0")] if describe else []),
         (b"E", b"\0" + struct.pack("!i", 0)),
         (b"S", b""),
     )
@@ -74,6 +84,7 @@ def bound_query_messages(sql: bytes, parameters: Sequence[bytes | None]) -> byte
 
 # What has become of settings, a character for a byte; None: longer than libpq takes it.
 Reports = Mapping[str, Optional[str]]
+NO_REPORTS: Reports = {}
 
 
 class Answer:
@@ -99,8 +110,7 @@ class Answer:
         elif kind == b"V":
             self.row = _row_of(body[4:].split(b","))
         elif kind == b"S":
-            name, value = _report_of(body)
-            self.reports = {**self.reports, name: value}
+            self.reports = {**self.reports, **report(body)}
         elif kind == b"Z":
             self.complete = True
 
@@ -156,18 +166,22 @@ def parse(window: bytes, answer: Answer) -> Position:
     return Position(position if verdict is None else verdict, 0)
 
 
-def _report_of(body: bytes) -> tuple[str, str | None]:
-    """A setting's name and its new value in a ParameterStatus, of which this may be the start only."""
+def report(body: bytes) -> Reports:
+    """A setting and its new value in a ParameterStatus, of which this may be the start only."""
     name, _, rest = body.decode("latin-1").partition("\0")
     value, end, _ = rest.partition("\0")
-    return name, value if end and len(value) <= _MAX_REPORT_BYTES else None
+    return {name: value if end and len(value) <= _MAX_REPORT_BYTES else None}
 
 
 def reports_in(answers: bytes) -> Reports:
     """The last value of each setting that whole answers tell of."""
     if b"S\0\0" not in answers:
         return {}
-    return dict(_report_of(body) for kind, body in _messages(answers, 0) or () if kind == b"S")
+    reports: dict[str, str | None] = {}
+    for kind, body in _messages(answers, 0) or ():
+        if kind == b"S":
+            reports.update(report(body))
+    return reports
 
 
 def report_message(name: str, value: str) -> bytes:
@@ -273,11 +287,58 @@ def _messages(tail: bytes, position: int, end: int | None = None) -> list[tuple[
     return messages
 
 
-def error_fields(body: bytes) -> dict[str, bytes]:
-    """The fields of an ErrorResponse."""
+def whole_messages(window: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
+    """The messages of a group that stand whole in a window, which starts at one, and where the next would start.
+
+    ValueError for what is no message.
+    """
+    messages = []
+    position, end = 0, len(window)
+    while end - position >= _HEADER.size:
+        kind, length = _HEADER.unpack_from(window, position)
+        if kind not in _TYPES or not 4 <= length <= _MAX_MESSAGE:
+            raise ValueError(f"no message starts with {window[position : position + _HEADER.size]!r}")
+        following = position + 1 + length
+        if following > end:
+            break
+        messages.append((kind, window[position + 5 : following]))
+        position = following
+        if kind == b"Z":
+            break
+    return messages, position
+
+
+def lone_tag(window: bytes) -> tuple[bytes, int] | None:
+    """The command tag of an answer that is nothing else, and where that ends; None for any other."""
+    found = _LONE_TAG.match(window)
+    return (found.group(1), found.end()) if found is not None else None
+
+
+class Field(NamedTuple):
+    """A column of a RowDescription."""
+
+    name: bytes
+    type_oid: int
+    typmod: int
+
+
+def row_description(body: bytes) -> list[Field]:
+    """The columns that a RowDescription tells."""
+    fields = []
+    position = 2
+    for _ in range(struct.unpack_from("!H", body)[0]):
+        name_end = body.index(b"\0", position)
+        _, _, type_oid, _, typmod, _ = _FIELD.unpack_from(body, name_end + 1)
+        fields.append(Field(body[position:name_end], type_oid, typmod))
+        position = name_end + 1 + _FIELD.size
+    return fields
+
+
+def error_fields(body: bytes, names: Mapping[int, str] = _FIELD_NAMES) -> dict[str, bytes]:
+    """The fields of an ErrorResponse or NoticeResponse, by these names."""
     fields = {}
     for field in body.split(b"\0"):
-        name = _FIELD_NAMES.get(field[0]) if field else None
+        name = names.get(field[0]) if field else None
         if name is not None:
             fields[name] = field[1:]
     return fields

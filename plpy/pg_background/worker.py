@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 import time
 from collections.abc import Mapping
@@ -10,15 +11,22 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
-from . import messages, output_settings, wire
+from . import libpq_feed, messages, output_settings, wire
 from .backlog import Backlog, Item
 from .cleaning import CleanUp
 from .control import Control
 from .deadlock import Watch
-from .errors import ADMIN_SHUTDOWN, CONNECTION_FAILURE, QUERY_CANCELED, BackgroundError, Report
+from .errors import (
+    ADMIN_SHUTDOWN,
+    CONNECTION_FAILURE,
+    QUERY_CANCELED,
+    BackgroundError,
+    Report,
+    report_of_system_call,
+)
 from .intake import Intake
 from .job import KEY_BITS, Job, State
-from .lexer import statement_count
+from .lexer import returns_no_rows, statement_count
 from .messages import TERMINATED, TIMED_OUT
 from .results import TypeStyles
 from .server import READABLE, Server
@@ -44,7 +52,6 @@ class Worker(Intake):
     announced = False  # the supervisor knows of it
     _announced_on = 0  # which connection to a supervisor that was
     detached = False
-    _clean_ups = 0  # answers that follow the job's
     signaled = False  # a cancel may still be on its way: the session is not reused
     cancel_requested = False
     stop_message: str | None = None  # why, where the server does not know it
@@ -99,21 +106,37 @@ class Worker(Intake):
             self._launch()
 
     def _launch(self) -> None:
-        """Several statements get one more, which tells the output settings that they end with."""
+        """Past libpq where one write is sure to take it, which is told of no end that it has not been asked for."""
         self.started_settings = self.configuration.output
-        sql = self.job.sql
-        connection = self.session.connection
-        connection.notice_handler = self._take_notice
-        encoded = self._server.encode(sql)
+        packet = b"" if self._probes else self.job.packet(self._server)
+        if packet and len(packet) <= SURELY_WRITTEN_BYTES:
+            self._launch_directly(packet)
+        else:
+            self._launch_through_libpq()
+
+    def _launch_directly(self, packet: bytes) -> None:
+        """What returns no rows has its clean-up right behind it: nothing is asked of the session in between."""
+        self._direct = True
+        if self.configuration.pool_size and returns_no_rows(self.job.sql):
+            clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
+            self._clean_ups = clean_up.answers
+            packet += clean_up.packet
         # First, so that no progress of this job can reach the supervisor before it knows of the job.
         self.tell_supervisor()
-        rows = self.job.queue_size // _TYPICAL_ROW_BYTES
+        self.session.write(packet, self._tell_writing)
+
+    def _launch_through_libpq(self) -> None:
+        """Several statements get one more, which tells the output settings that they end with."""
+        connection = self.session.connection
+        connection.notice_handler = self._take_notice
+        encoded = self._server.encode(self.job.sql)
+        self.tell_supervisor()
         try:
             if self.job.parameters is not None:
                 connection.send_query_params(encoded, self.job.parameters)
             else:
                 connection.send_query(encoded + b"\n;" + output_settings.PROBE if self._probes else encoded)
-            connection.set_chunked_rows_mode(max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows)))
+            connection.set_chunked_rows_mode(self._chunk_rows)
             self.session.flush(self._tell_writing)
         except Exception as error:
             report = self.session.loss(error)
@@ -121,6 +144,25 @@ class Worker(Intake):
                 raise
             raise BackgroundError(report) from error
         self._touched |= len(encoded) + sum(map(len, filter(None, self.job.parameters or ()))) > SURELY_WRITTEN_BYTES
+
+    def _let_libpq_take_over(self, received: bytes) -> bool:
+        connection = self.session.connection
+        connection.notice_handler = self._take_notice
+
+        def ask() -> None:
+            if self.job.parameters is None:
+                connection.send_query(b"")
+            else:
+                connection.send_query_params(b"", None)
+            connection.set_chunked_rows_mode(self._chunk_rows)
+            connection.flush()
+
+        return libpq_feed.has_taken_over(connection, ask, received)
+
+    @property
+    def _chunk_rows(self) -> int:
+        rows = self.job.queue_size // _TYPICAL_ROW_BYTES
+        return max(_MIN_CHUNK_ROWS, min(_MAX_CHUNK_ROWS, rows))
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
@@ -135,35 +177,42 @@ class Worker(Intake):
         self._control.tell([messages.WRITING, self.pid, writing])
 
     def clean_up_behind(self) -> CleanUp | None:
-        """What would make its session fit for another job, if that can be queued behind this one.
+        """What would make its session fit for another job, if that can be queued behind this one, or is there already.
 
         Nothing must have been read, so that the stream is at the start of this job's answer, or sent in part.
         """
         if self.ended or self.job.submitted or self._touched or self._writing or self.signaled:
             return None
         clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
-        return clean_up if self.session.has_room_for(clean_up) else None
+        return clean_up if self._clean_ups or self.session.has_room_for(clean_up) else None
 
     def detach(self, clean_up: CleanUp | None) -> None:
         """Leave the rest to the supervisor, as a submitted job's; after this clean-up another job may follow."""
         self.detached = True
         if self.job.submitted:
             return
-        self._clean_ups = clean_up.answers if clean_up is not None else 0
+        is_queued = self._clean_ups > 0
         try:
-            self._control.tell([messages.DETACH, self.pid, self._clean_ups])
+            self._control.tell([messages.DETACH, self.pid, clean_up.answers if clean_up is not None else 0])
         except BaseException:  # a cancel
             self.abandon()
             raise
-        if clean_up is not None:
+        if clean_up is not None and not is_queued:
+            self._clean_ups = clean_up.answers
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
-                self.session.queue_clean_up(clean_up)
+                self.session.queue_clean_up(clean_up, libpq_waits=not self._direct)
 
     def abandon(self) -> None:
         """As detach, where nothing may be waited for, and no query run."""
         self.detached = True
-        self._clean_ups = 0
         self._control.leave_word([messages.DETACH, self.pid, 0])
+
+    def begin_clean_up(self) -> None:
+        """Have the session cleaned, now that the job has ended, where that is not under way. 08006, OSError."""
+        if self._clean_ups:
+            self.session.cleaning.expect(self._clean_ups, self._unread, self._reports)
+        else:
+            self.session.cleaning.send(self.configuration.pool_idle_timeout_ms)
 
     def tell_supervisor(self, *, again: bool = False) -> None:
         """Announce the job; the worker's socket goes with it if this supervisor has not got it yet.
@@ -282,6 +331,8 @@ class Worker(Intake):
     def written_under(self) -> Mapping[str, str]:
         """The output settings of the rows; with several statements they are known at the end only."""
         names_objects = "search_path" in self.dependence.settings
+        if names_objects and self._clean_ups:
+            output_settings.refuse_unreported(self.dependence)
         if names_objects or (self.dependence.settings and self._statements > 1):
             self.wait(None)
         written = self._ended_settings or self.started_settings
@@ -296,12 +347,15 @@ class Worker(Intake):
     def is_reusable(self) -> bool:
         """Whether the session can run another job: its connection lives, and no signal is on its way to it."""
         timed = self.configuration.worker_timeout_ms > 0 and self.state is State.ERROR
-        return not self.signaled and not timed and self.session.is_idle
+        return self._usable and not self.signaled and not timed and self.session.is_idle
 
     def check_output_settings(self) -> None:
         """0A000 when a lone statement has changed settings on which its rows depend; once it has ended."""
         if self.state is State.STOPPED and self.dependence.settings and self._statements == 1:
-            ended = output_settings.after_end(self._server, self.session, self.dependence)
+            if self._clean_ups:
+                ended = output_settings.reported(self.dependence, self.started_settings, self._reports)
+            else:
+                ended = output_settings.after_end(self._server, self.session, self.dependence)
             output_settings.refuse_changed(self.dependence, self.started_settings, ended)
 
     def on_ended(self, changes: Mapping[str, Any]) -> None:
@@ -318,6 +372,8 @@ class Worker(Intake):
         if self.error is not None and self.error.sqlstate in _INTERRUPTED:
             self._control.hear()  # of a cancel that another session asked for
             self.error = self._explained(self.error)
+        if self._reports and not self._clean_ups and not libpq_feed.has_heard(self.session.connection, self._reports):
+            self._usable, self.unreadable = False, report_of_system_call(OSError(errno.EMFILE, ""))
         stopped = self.error is None
         if stopped and self.columns and self.unreadable is None:
             self._check_encoding()
