@@ -36,12 +36,14 @@ def _size(item: Item) -> int:
 class Backlog:
     """A queue of rows and notices, in order."""
 
+    # Most never change: each job has one of these.
+    bytes_in_memory = 0
+    _file: IO[bytes] | None = None
+    _read_at = 0
+    _in_file = 0
+
     def __init__(self) -> None:
         self._memory: deque[Item] = deque()
-        self._file: IO[bytes] | None = None
-        self._read_at = 0
-        self._in_file = 0
-        self.bytes_in_memory = 0
 
     def append(self, item: Item, memory_limit: int) -> None:
         """Add an item at the end; in the file when memory holds memory_limit bytes, or others went there.
@@ -74,6 +76,8 @@ class Backlog:
 
     def clear(self) -> None:
         """Forget everything, the file included."""
+        if not self._memory and self._file is None:
+            return
         self._memory.clear()
         self.bytes_in_memory = self._in_file = self._read_at = 0
         if self._file is not None:

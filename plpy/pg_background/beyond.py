@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import lexer, messages
-from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, tags_of
+from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, runnable, tags_of
 from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
 from .errors import (
     INVALID_PARAMETER_VALUE,
@@ -82,9 +82,9 @@ class Beyond:
             self._registry.on_commit = OnCommit(self._server, self._registry)
         configuration = self._configurations.now()
         sql = _given(sql)
-        self._runtime.refuse_forbidden(sql, configuration)
         job = Job(
             sql,
+            runnable(sql, configuration),
             configuration.queue_bytes(queue_size or 0),
             True,
             _checked_label(label),

@@ -133,20 +133,9 @@ class Runtime:
     ) -> Worker:
         """Start a worker, unless its SQL holds what no worker can run (0A000)."""
         configuration = self._configurations.now()
-        job = Job(sql, configuration.queue_bytes(queue_size), submitted, label, parameters, discards)
-        self.refuse_forbidden(sql, configuration)
+        script = runnable(sql, configuration)
+        job = Job(sql, script, configuration.queue_bytes(queue_size), submitted, label, parameters, discards)
         return self._registry.launch(job, configuration, v1=v1)
-
-    def refuse_forbidden(self, sql: str, configuration: settings.Configuration) -> None:
-        """0A000 for what no worker can run."""
-        command = lexer.forbidden(sql, configuration.standard_strings)
-        if command is not None:
-            raise background_error(
-                FEATURE_NOT_SUPPORTED,
-                f"a background worker cannot run {command}",
-                detail="Its SQL runs as one implicit transaction, without a client of its own.",
-                hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
-            )
 
     # --- reading ---
 
@@ -437,6 +426,19 @@ class Reading:
         self.worker = worker
         self.error: Report | None = None
         self.finished = False
+
+
+def runnable(sql: str, configuration: settings.Configuration) -> lexer.Script:
+    """What is known of the SQL. 0A000 for what no worker can run."""
+    script = lexer.script(sql, configuration.standard_strings)
+    if script.forbidden is not None:
+        raise background_error(
+            FEATURE_NOT_SUPPORTED,
+            f"a background worker cannot run {script.forbidden}",
+            detail="Its SQL runs as one implicit transaction, without a client of its own.",
+            hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
+        )
+    return script
 
 
 def tags_of(worker: Worker) -> str:

@@ -72,6 +72,17 @@ class Control:
         return None if self._socket is None else self._socket.fileno()
 
     @property
+    def is_connected(self) -> bool:
+        """Whether ensure() would have nothing to do, as far as was heard."""
+        return self._socket is not None and not self._moved
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether there is nothing to hear, and nothing that should have been told."""
+        nothing_left = not self._moved and not self._untold and not self._words
+        return nothing_left and self._socket is not None and not self._server.is_readable(self._socket.fileno())
+
+    @property
     def connections(self) -> int:
         """How many connections to a supervisor there have been."""
         return self._connections
@@ -84,7 +95,7 @@ class Control:
 
     def ensure(self) -> None:
         """Connect to the database's supervisor, which this starts where there is none."""
-        if self._socket is not None and not self._moved:
+        if self.is_connected:
             return
         connection = self._connection()
         self.leave_start()  # one that listens by now need not be waited for
@@ -142,13 +153,15 @@ class Control:
         files: descriptors that go with it, behind that.
         """
         while True:
-            self.ensure()
+            if not self.is_connected:
+                self.ensure()
             if about is not None and about.closed:
                 raise SessionLeftError
             assert self._socket is not None
             unknown = about is not None and about.known_to_supervisor != self._connections
             try:
-                self._send_late()
+                if self._untold or self._words:
+                    self._send_late()
                 sockets = (about.connection.socket,) if about is not None and unknown else ()
                 messages.send(self._socket, message, *sockets, *files)
             except BlockingIOError:

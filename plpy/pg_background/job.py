@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import enum
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from . import messages, wire
+from .lexer import Script
 
 if TYPE_CHECKING:
     from .server import Server
     from .session import WorkerSession
     from .settings import Configuration
 
-KEY_BITS = 63
 PREVIEW_CHARACTERS = 120
+
+
+def new_key() -> int:
+    """63 random bits of the operating system, never 0: names a job, and is its cookie."""
+    return (int.from_bytes(os.urandom(8), "big") >> 1) or 1
 
 
 class State(enum.Enum):
@@ -34,11 +40,17 @@ class Job(NamedTuple):
     """What is to be run, and how."""
 
     sql: str
+    script: Script
     queue_size: int
     submitted: bool = False
     label: str | None = None
     parameters: Parameters | None = None  # then the extended protocol runs it: a single statement
     discards: bool = False  # nobody will read its rows
+
+    @property
+    def statements(self) -> int:
+        """Their number; the extended protocol takes one."""
+        return self.script.statements if self.parameters is None else 1
 
     def packet(self, server: Server) -> bytes:
         """The messages that run it, for a session whose answer libpq does not read."""

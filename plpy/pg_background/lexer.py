@@ -59,6 +59,8 @@ _CONTINUATION = re.compile(r"[ \t\f\v]*(?:--[^\n\r]*)?[\n\r](?:[ \t\n\r\f\v]|--[
 _WRITES = re.compile(r"[ \t\n\r\f\v]*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE | re.ASCII)
 _BLANK_START = re.compile(r"[ \t\n\r\f\v]*(?:[-/;]|\Z)")
 
+_REMEMBERED_CHARACTERS = 10_000
+
 _SPACE = " \t\n\r\f\v"
 _STRING = "'"
 _QUOTED = '"'
@@ -66,6 +68,7 @@ _NUMBER = "0"
 
 _HEAD_TOKENS = 4
 _ONE_WORD_COMMANDS = frozenset({"BEGIN", "END", "ABORT", "SAVEPOINT", "RELEASE"})
+_FIRST_WORDS = (*_ONE_WORD_COMMANDS, "COMMIT", "ROLLBACK", "COPY", "START", "PREPARE")
 _ROUTINES = frozenset({"FUNCTION", "PROCEDURE"})
 _CLIENT_STREAMS = frozenset({"STDIN", "STDOUT"})
 
@@ -80,6 +83,32 @@ class Statement(NamedTuple):
 
     text: str
     head: tuple[str, ...]
+
+
+class Script(NamedTuple):
+    """What a launch wants to know of a SQL string."""
+
+    forbidden: str | None  # the first command that no background worker can run
+    statements: int  # of one without a semicolon it is known that there is no more than one
+    returns_no_rows: bool
+
+
+def script(sql: str, standard_conforming_strings: bool) -> Script:
+    """That of a SQL string; those of the last short ones are remembered."""
+    if len(sql) > _REMEMBERED_CHARACTERS:
+        return _script(sql, standard_conforming_strings)
+    return _remembered_script(sql, standard_conforming_strings)
+
+
+def _script(sql: str, standard_conforming_strings: bool) -> Script:
+    return Script(
+        forbidden(sql, standard_conforming_strings),
+        statement_count(sql, standard_conforming_strings) if ";" in sql else 1,
+        returns_no_rows(sql),
+    )
+
+
+_remembered_script = functools.lru_cache(maxsize=100)(_script)
 
 
 def forbidden(sql: str, standard_conforming_strings: bool) -> str | None:
@@ -159,22 +188,8 @@ def statements(sql: str, standard_conforming_strings: bool) -> Iterator[Statemen
 
 
 def _may_hold_refused_command(upper_sql: str) -> bool:
-    """False if no word occurs that a refused command starts with.
-
-    Written out, as every launch goes through it: the chain takes half a microsecond.
-    """
-    return (
-        "COMMIT" in upper_sql
-        or "BEGIN" in upper_sql
-        or "END" in upper_sql
-        or "ROLLBACK" in upper_sql
-        or "COPY" in upper_sql
-        or "START" in upper_sql
-        or "ABORT" in upper_sql
-        or "SAVEPOINT" in upper_sql
-        or "RELEASE" in upper_sql
-        or "PREPARE" in upper_sql
-    )
+    """False if no word occurs that a refused command starts with."""
+    return any(word in upper_sql for word in _FIRST_WORDS)
 
 
 def _tokens(sql: str, standard_conforming_strings: bool) -> Iterator[tuple[str, int]]:

@@ -9,7 +9,6 @@ share a session, and run in the order of their submission.
 from __future__ import annotations
 
 import os
-import secrets
 import time
 import uuid
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from . import messages, wire
 from .control import SessionLeftError
 from .errors import INVALID_PARAMETER_VALUE, background_error
-from .job import KEY_BITS, Job
+from .job import Job, new_key
 from .session import WorkerSession
 
 if TYPE_CHECKING:
@@ -66,7 +65,7 @@ class OnCommit:
     def _defer(self, job: Job, configuration: Configuration, marker: str) -> tuple[int, int]:
         batch = self._batch(configuration)
         session = batch.session
-        key = secrets.randbits(KEY_BITS) or 1
+        key = new_key()
         guard, answers = self._guard(_checked_key(marker), session, configuration)
         clean_up = session.cleaning.clean_up(configuration.pool_idle_timeout_ms)
         announcement = job.announced(key, key, session, configuration, time.time_ns() // 1000)

@@ -74,7 +74,9 @@ class Registry:
 
         53400 at max_workers, 53300 where the server has no connection left, each after launch_timeout.
         """
-        session = self.session(configuration, configuration.launch_deadline())
+        session = self._ready_session(configuration)
+        if session is None:
+            session = self.session(configuration, configuration.launch_deadline())
         worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
         try:
             if job.submitted:
@@ -87,6 +89,11 @@ class Registry:
         self.workers[worker.pid] = worker
         self.launched += 1
         return worker
+
+    def _ready_session(self, configuration: Configuration) -> WorkerSession | None:
+        """As session(), where nothing is to be heard, started or waited for: the way that most launches take."""
+        has_room = len(self.workers) + self._after_commit_count() < configuration.max_workers
+        return self.sessions.ready(configuration) if has_room and self.control.is_quiet else None
 
     def session(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session for jobs, which take a place of max_workers; a supervisor serves it. Errors as of launch."""
@@ -201,6 +208,9 @@ class Registry:
 
     def find_for_result(self, pid: int, cookie: int | None) -> Worker:
         """As find, but another cookie is 42704 too: those results are gone."""
+        worker = self.workers.get(pid)
+        if worker is not None and worker.cookie == cookie and worker.role_oid == self.server.caller():
+            return worker
         try:
             return self.find(pid, cookie)
         except BackgroundError as error:
@@ -248,7 +258,8 @@ class Registry:
 
         at_once: where no query can be run, and nothing be waited for.
         """
-        may_be_cleaned = not worker.ended and not at_once and self.sessions.has_room()
+        ended = worker.ended
+        may_be_cleaned = not ended and not at_once and self.sessions.has_room()
         clean_up = worker.clean_up_behind() if may_be_cleaned else None
         self.count_end(worker)
         self.workers.pop(worker.pid, None)
@@ -259,7 +270,7 @@ class Registry:
                 del self._let_go_unasked[next(iter(self._let_go_unasked))]
         self.released.append(Released(worker.pid, worker.cookie, worker.consumed, sql))
         worker.backlog.clear()
-        if not worker.ended:
+        if not ended:
             self.elsewhere[worker.key] = worker
             if at_once:
                 worker.abandon()
@@ -329,7 +340,7 @@ class Registry:
 
     def count_end(self, worker: Worker) -> None:
         """Count an ended worker, once."""
-        if worker.ended and not worker.counted:
+        if not worker.counted and worker.ended:
             worker.counted = True
             self.counts[worker.state] += 1
             self._elapsed_ms += worker.elapsed_ms

@@ -282,11 +282,11 @@ class Server:
         """Whether something has arrived, without waiting."""
         return self.is_ready(descriptor, READABLE)
 
-    def is_ready(self, descriptor: int, events: int) -> bool:
-        """Whether the descriptor is ready for this, without waiting."""
+    def is_ready(self, descriptor: int, events: int, within_ms: int = 0) -> bool:
+        """Whether the descriptor is ready for this, or is in a moment; a signal ends that, whatever it asks for."""
         polled = self._poll_arrays[1]
         polled[0].fd, polled[0].events = descriptor, events
-        return bool(self._poll(polled, 1, 0) > 0)
+        return bool(self._poll(polled, 1, within_ms) > 0)
 
     def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:
         """Wait until something has arrived; False at the deadline (time.monotonic()). Handles interrupts meanwhile."""

@@ -54,6 +54,20 @@ class Sessions:
                 self.end(session)
         self._pool_size = configuration.pool_size
 
+    def ready(self, configuration: Configuration) -> WorkerSession | None:
+        """As get, where the session that comes next needs nothing: it is clean, and has these settings."""
+        if not self._pool.idle or configuration.pool_size != self._pool_size:
+            return None
+        session = self._pool.idle[0]
+        is_ready = (
+            session.role_oid == self._server.caller()
+            and session.guc_state == configuration.guc_state
+            and session.pid not in self._registry.workers
+            and session.is_still_its_role
+            and session.cleaning.is_as_proven()
+        )
+        return self._pool.idle.popleft() if is_ready else None
+
     def get(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session of the caller's role, with the caller's settings: a kept one, or a new one.
 

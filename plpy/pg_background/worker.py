@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,8 +24,7 @@ from .errors import (
     report_of_system_call,
 )
 from .intake import Intake
-from .job import KEY_BITS, Job, State
-from .lexer import returns_no_rows, statement_count
+from .job import Job, State, new_key
 from .messages import TERMINATED, TIMED_OUT
 from .results import TypeStyles
 from .server import READABLE, Server
@@ -34,6 +32,7 @@ from .session import SURELY_WRITTEN_BYTES, WorkerSession
 from .settings import Configuration
 
 _NO_LIMIT = 1 << 62
+_SOON_MS = 20  # most answers come in that time
 _MIN_CHUNK_ROWS, _MAX_CHUNK_ROWS = 32, 256
 _TYPICAL_ROW_BYTES = 256
 
@@ -81,7 +80,7 @@ class Worker(Intake):
         self.job = job
         self.configuration = configuration
         self.pid = session.pid
-        self.key = secrets.randbits(KEY_BITS) or 1
+        self.key = new_key()
         self.cookie = 0 if v1 else self.key
         self.role_oid = session.role_oid
         self.backlog = Backlog()
@@ -98,8 +97,7 @@ class Worker(Intake):
 
     def start(self) -> None:
         """Send the job, and tell the supervisor."""
-        if ";" in self.job.sql and self.job.parameters is None:
-            self._statements = statement_count(self.job.sql, self.configuration.standard_strings)
+        self._statements = self.job.statements
         if self.job.submitted:
             self._submit()
         else:
@@ -117,7 +115,7 @@ class Worker(Intake):
     def _launch_directly(self, packet: bytes) -> None:
         """What returns no rows has its clean-up right behind it: nothing is asked of the session in between."""
         self._direct = True
-        if self.configuration.pool_size and returns_no_rows(self.job.sql):
+        if self.configuration.pool_size and self.job.script.returns_no_rows:
             clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
             self._clean_ups = clean_up.answers
             packet += clean_up.packet
@@ -312,6 +310,10 @@ class Worker(Intake):
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
+        if self._direct and self._server.is_ready(self.session.connection.socket, READABLE, _SOON_MS):
+            self.pump(self.job.queue_size)
+            if self.ended:
+                return
         with self._watch() as watch:
             while self.columns is None and not self.ended:
                 arrived = watch.wait_for((self.awaited(),))
