@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from . import messages
@@ -18,7 +18,7 @@ from .supervised import Channel, Job, Link
 _REMEMBERED = 2000  # finished jobs that questions find in memory
 
 
-def announced_row(link: Link, announcement: list[Any]) -> Row:
+def announced_row(link: Link, announcement: Iterable[Any]) -> Row:
     """What the row of a new job begins with."""
     row = messages.Announcement(*announcement).row()
     row["launcher_pid"], row["launcher_start"] = link.pid, link.process_start
@@ -70,6 +70,47 @@ class Jobs:
             self._keep_ended(channel, link, job, read_here=bool(extras.get("unknown_position")))
         else:
             self._begin(channel, link, job, extras)
+
+    def took_whole(
+        self,
+        link: Link,
+        following: list[Any],
+        announcement: list[Any],
+        started_ns: int,
+        tags_of_commit: int | None,
+        extras: dict[str, Any],
+    ) -> bool:
+        """Take a launched job together with its end, where that is the message behind; whether it was so.
+
+        Most launched jobs have ended before this process looks: that takes half of what both messages would.
+        """
+        announced = messages.Announcement(*announcement)
+        channel = self._sockets.channels.get(announced.pid)
+        is_whole = (
+            following[:2] == [messages.FINISHED, announced.key]
+            and channel is not None
+            and channel.link is link
+            and not (announced.submitted or "again" in extras or self._reports.has_reporter(announced.pid))
+        )
+        if channel is None or not is_whole:
+            return False
+        _, key, changes, ended_ns = following
+        finished_at = messages.moment(announced.launched_us + (ended_ns - started_ns) // 1000)
+        row = {**announced_row(link, announced), "finished_at": finished_at.isoformat(), **changes}
+        self._sockets.unwatch(channel)
+        channel.begin(job := Job(row, started_ns, tags_of_commit, extras))
+        channel.reads = channel.writing = False
+        channel.queue = None
+        self.by_key[key] = job
+        self._ledger.note(row)
+        self._remember(key)
+        return True
+
+    def _remember(self, key: int) -> None:
+        """The last ones that have ended stay known."""
+        self.finished.append(key)
+        while len(self.finished) > _REMEMBERED:
+            self.by_key.pop(self.finished.popleft(), None)
 
     def _begin(self, channel: Channel, link: Link, job: Job, extras: dict[str, Any]) -> None:
         key: int = job.row[KEY]
@@ -223,9 +264,7 @@ class Jobs:
             link.waiting.pop(request, None)
             self._sockets.send(link, [messages.REPLY, request, job.row])
         job.waiters.clear()
-        self.finished.append(job.row[KEY])
-        while len(self.finished) > _REMEMBERED:
-            self.by_key.pop(self.finished.popleft(), None)
+        self._remember(job.row[KEY])
 
     def forget(self, channel: Channel) -> None:
         """Another supervisor has this worker: nothing more is to be written about it here."""

@@ -110,6 +110,9 @@ class Questions:
         job = self.find(pid, cookie)
         if job is not None and job.running:
             job.waiters.append((link, request))
+            channel = self._sockets.channels.get(job.row["pid"])
+            if channel is not None and channel.link is not None:
+                channel.link.is_awaited = True
             link.waiting[request] = job
         else:
             row = self._row(pid, cookie)

@@ -46,6 +46,10 @@ class Reports:
         if self._reporters.get(link.pid) is link:
             del self._reporters[link.pid]
 
+    def has_reporter(self, pid: int) -> bool:
+        """Whether this worker has a line to report on."""
+        return pid in self._reporters
+
     def hear_unheard(self) -> None:
         """Those that were read before their jobs were announced."""
         while self._unheard:

@@ -12,7 +12,7 @@ from .supervised import Channel, Link
 
 # Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
 # cost the sender more than to send it.
-_REST_S = 0.002
+_REST_S = 0.01
 
 
 class Sockets:
@@ -65,7 +65,7 @@ class Sockets:
 
     def rest(self, link: Link) -> None:
         """Leave a session alone for a moment that has told of launched jobs only, which wait for no answer."""
-        if link.may_rest and not link.closed and not link.outbox:
+        if link.may_rest and not (link.closed or link.outbox or link.is_awaited):
             self.epoll.modify(link.connection.fileno(), 0)
             self.resting.append(link)
         link.may_rest = False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import os
 import socket
 from collections import deque
 from collections.abc import Mapping
@@ -12,7 +14,18 @@ from .deferral import Queue
 from .process import Process, process_start
 from .store import Row
 
+_READ_AT_ONCE = 256  # messages
 WINDOW_BYTES = 1 << 16  # of a worker's output that is looked at
+
+
+class Heard(enum.Enum):
+    """What a connection holds behind the messages that were read."""
+
+    MORE = enum.auto()  # perhaps
+    NOTHING = enum.auto()  # yet
+    END = enum.auto()
+    GARBAGE = enum.auto()
+    WITHOUT_DESCRIPTORS = enum.auto()  # a message that had more of them than this process may open
 
 
 class Link:
@@ -22,16 +35,41 @@ class Link:
         self.connection = connection
         self.pid = messages.peer_pid(connection)
         self.process_start = process_start(self.pid)
+        self.inbox: deque[messages.Received] = deque()  # messages that have been read, but not looked at
         self.outbox: deque[list[Any]] = deque()
         self.channels: set[int] = set()  # pids of workers
         self.closed = False
         self.may_rest = False
+        self.is_awaited = False  # other sessions wait for ends that it is to tell of
         self.moved_on = False  # to another supervisor, with all workers
         self.lives_on = False  # only the connection ends
         self.reports = False  # a worker's, for its progress
         self.packets: list[bytes] = []  # reports that have not been looked at
         self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told
         self.waits_for: int | None = None  # pid of the worker whose end the session waits for
+
+    def read_messages(self) -> Heard:
+        """Put what has come into the inbox; what was heard behind that."""
+        try:
+            for _ in range(_READ_AT_ONCE):
+                received = messages.receive(self.connection)
+                if received is None:
+                    return Heard.END
+                self.inbox.append(received)
+        except BlockingIOError:
+            return Heard.NOTHING
+        except messages.DescriptorsLostError:
+            return Heard.WITHOUT_DESCRIPTORS
+        except (OSError, messages.ProtocolError):
+            return Heard.GARBAGE
+        return Heard.MORE
+
+    def drop_unheard(self) -> None:
+        """Nobody will look at what is left in the inbox."""
+        for received in self.inbox:
+            for descriptor in received.descriptors:
+                os.close(descriptor)
+        self.inbox.clear()
 
 
 class Job:

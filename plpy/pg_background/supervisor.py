@@ -26,7 +26,7 @@ from .reports import Reports
 from .sockets import Sockets
 from .stops import Stops
 from .store import KEY, Store
-from .supervised import Link
+from .supervised import Heard, Link
 
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
@@ -274,24 +274,16 @@ class Supervisor:
 
     def _receive(self, link: Link, *, parting: bool = False) -> None:
         """Take all messages of a link; garbage or its end closes it."""
-        while not link.closed:
-            try:
-                received = messages.receive(link.connection)
-            except BlockingIOError:
-                return
-            except messages.DescriptorsLostError:
-                self._sockets.send(link, [messages.NO_DESCRIPTOR])
-                link.lives_on = True
-                self._close_link(link)
-                return
-            except (OSError, messages.ProtocolError):
-                self._close_link(link)
-                return
-            if received is None:
-                if not parting:
-                    self._close_link(link)
-                return
-            self._dispatch(link, received)
+        heard = Heard.MORE
+        while heard is Heard.MORE and not link.closed:
+            heard = link.read_messages()
+            while link.inbox:
+                self._dispatch(link, link.inbox.popleft())
+        if heard is Heard.WITHOUT_DESCRIPTORS:
+            self._sockets.send(link, [messages.NO_DESCRIPTOR])
+            link.lives_on = True
+        if heard in (Heard.WITHOUT_DESCRIPTORS, Heard.GARBAGE) or (heard is Heard.END and not parting):
+            self._close_link(link)
 
     def _dispatch(self, link: Link, received: messages.Received) -> None:
         kind, *arguments = received.message
@@ -302,6 +294,11 @@ class Supervisor:
             handler = self._handlers.get(kind) if isinstance(kind, str) else None
             if handler is None:
                 raise messages.ProtocolError(f"unknown kind {kind!r}")
+            if kind == messages.JOB and link.inbox and not descriptors:
+                following = link.inbox[0].message
+                if self._jobs.took_whole(link, following, *arguments):
+                    link.inbox.popleft()
+                    return
             if kind in (messages.JOB, messages.DEFER):
                 handler(link, descriptors, *arguments)
             else:
@@ -322,6 +319,7 @@ class Supervisor:
         if link.closed:
             return
         link.closed = True
+        link.drop_unheard()
         for request in list(link.waiting):
             self._questions.on_forget(link, request)
         self._sockets.remove_link(link)
