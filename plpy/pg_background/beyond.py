@@ -82,13 +82,14 @@ class Beyond:
             self._registry.on_commit = OnCommit(self._server, self._registry)
         configuration = self._configurations.now()
         sql = _given(sql)
-        job = Job(
+        job = Job.make(
+            self._server,
             sql,
             runnable(sql, configuration),
             configuration.queue_bytes(queue_size or 0),
-            True,
-            _checked_label(label),
-            self._parameters(params),
+            submitted=True,
+            label=_checked_label(label),
+            parameters=self._parameters(params),
         )
         pid, cookie = self._registry.on_commit.defer(job, configuration, marker)
         return f"({pid},{cookie})"

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .bootstrap import Module
 
 _LAST_ERROR_CHARACTERS = 512
+_REMEMBERED_JOBS, _REMEMBERED_CHARACTERS = 100, 10_000
 MAX_TIMEOUT_MS = 86_400_000
 MAX_GRACE_MS = 3_600_000
 _QUICK_S = 0.01
@@ -65,6 +66,8 @@ class Runtime:
         settings.define(self._server, memory)
         self._registry = Registry(self._server, digest, read_module)
         self._configurations = settings.Configurations(self._server, output_settings.NAMES, output_settings.inherited)
+        self._jobs: dict[tuple[Any, ...], Job] = {}  # of late, under this configuration
+        self._jobs_configuration: settings.Configuration | None = None
         self._reading: dict[int, Reading] = {}
         self._reader_settings = output_settings.ReaderSettings(self._server)
 
@@ -133,9 +136,29 @@ class Runtime:
     ) -> Worker:
         """Start a worker, unless its SQL holds what no worker can run (0A000)."""
         configuration = self._configurations.now()
-        script = runnable(sql, configuration)
-        job = Job(sql, script, configuration.queue_bytes(queue_size), submitted, label, parameters, discards)
+        known = (sql, queue_size, submitted, label, discards)
+        job = self._jobs.get(known)
+        if job is None or parameters is not None or configuration is not self._jobs_configuration:
+            script = runnable(sql, configuration)
+            job = Job.make(
+                self._server,
+                sql,
+                script,
+                configuration.queue_bytes(queue_size),
+                submitted=submitted,
+                label=label,
+                parameters=parameters,
+                discards=discards,
+            )
+            if parameters is None and len(sql) <= _REMEMBERED_CHARACTERS:
+                self._remember(known, job, configuration)
         return self._registry.launch(job, configuration, v1=v1)
+
+    def _remember(self, known: tuple[Any, ...], job: Job, configuration: settings.Configuration) -> None:
+        """It may be launched again: then its SQL need not be looked at."""
+        if configuration is not self._jobs_configuration or len(self._jobs) >= _REMEMBERED_JOBS:
+            self._jobs.clear()
+        self._jobs[known], self._jobs_configuration = job, configuration
 
     # --- reading ---
 

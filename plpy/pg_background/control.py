@@ -61,7 +61,7 @@ class Control:
         self._awaited: set[int] = set()  # requests
         self._moved = False
         self._starting: Start | None = None
-        self._connections = 0  # so far
+        self.connections = 0  # to a supervisor, so far
         self._untold: deque[list[Any]] = deque(maxlen=_MAX_UNTOLD)  # ends of jobs
         self._words: deque[list[Any]] = deque()  # that did not fit in this connection
         self.listener: Listener | None = None
@@ -79,13 +79,10 @@ class Control:
     @property
     def is_quiet(self) -> bool:
         """Whether there is nothing to hear, and nothing that should have been told."""
-        nothing_left = not self._moved and not self._untold and not self._words
-        return nothing_left and self._socket is not None and not self._server.is_readable(self._socket.fileno())
-
-    @property
-    def connections(self) -> int:
-        """How many connections to a supervisor there have been."""
-        return self._connections
+        connection = self._socket
+        if connection is None or self._moved or self._untold or self._words:
+            return False
+        return not self._server.is_ready(connection.fileno(), READABLE)
 
     @property
     def supervisor_pid(self) -> int:
@@ -101,7 +98,7 @@ class Control:
         self.leave_start()  # one that listens by now need not be waited for
         old, self._socket, self._moved = self._socket, connection, False
         self._words.clear()
-        self._connections += 1
+        self.connections += 1
         try:
             if old is not None:
                 self._leave(old)
@@ -158,7 +155,7 @@ class Control:
             if about is not None and about.closed:
                 raise SessionLeftError
             assert self._socket is not None
-            unknown = about is not None and about.known_to_supervisor != self._connections
+            unknown = about is not None and about.known_to_supervisor != self.connections
             try:
                 if self._untold or self._words:
                     self._send_late()
@@ -172,8 +169,20 @@ class Control:
                 self._drop()
             else:
                 if about is not None:
-                    about.known_to_supervisor = self._connections
+                    about.known_to_supervisor = self.connections
                 return
+
+    def tell_at_once(self, packet: bytes, about: WorkerSession) -> bool:
+        """Send a message that is a packet already; False where that takes more than sending it: tell() does all."""
+        connection = self._socket
+        is_behind = self._moved or self._untold or self._words
+        if connection is None or is_behind or about.closed or about.known_to_supervisor != self.connections:
+            return False
+        try:
+            connection.send(packet, messages.NO_SIGNAL)
+        except OSError:
+            return False
+        return True
 
     def report_end(self, message: list[Any], announced_on: int, row: Callable[[], dict[str, Any]]) -> None:
         """Tell of a job's end. Where no supervisor can be had, or a cancel comes first, the next call tells it.
@@ -183,7 +192,7 @@ class Control:
         """
         try:
             self.tell(message)
-            if self._connections != announced_on:
+            if self.connections != announced_on:
                 self.tell([messages.RECORD, row()])
         except BaseException as error:
             self._untold.append([messages.RECORD, row()])

@@ -83,6 +83,10 @@ class Intake(ABC):
         """Have libpq read the answer, which starts with what was received; whether it does."""
 
     @abstractmethod
+    def _end_with(self, tag: str) -> None:
+        """As _end, where this command tag is the whole answer, with a shorter way to tell of it."""
+
+    @abstractmethod
     def _end(self) -> None:
         """Nothing more follows: set the state."""
 
@@ -101,6 +105,8 @@ class Intake(ABC):
         """Those of a job that has ended well and returned no rows, one a line."""
         if self.state is not State.STOPPED or self.columns is not None:
             return None
+        if len(self._tags) == 1:
+            return self._server.decode(self._tags[0])
         return "\n".join(map(self._server.decode, self._tags))
 
     def pump(self, limit: int, *, arrived: bool = False) -> None:
@@ -144,13 +150,14 @@ class Intake(ABC):
             self._touched = True
             self._unread += received
             lone = wire.lone_tag(self._unread)
-            if lone is None:
+            if lone is None or self._reports or self.error is not None:
                 self._take_directly(at_end=not received)
                 continue
-            self._tags.append(lone[0])
+            tag = lone.group(1)
+            self._tags.append(tag)
             self._tags_seen = 1
-            self._unread = self._unread[lone[1] :]
-            self._end()
+            self._unread = self._unread[lone.end() :]
+            self._end_with(tag.decode("ascii"))
 
     def _take_directly(self, *, at_end: bool) -> None:
         """Take the messages that are there; their answer is a small one, or one that a clean-up's follow.

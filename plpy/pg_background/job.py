@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Optional
 
 from . import messages, wire
 from .lexer import Script
+from .past_libpq import AT_ONCE_BYTES
 
 if TYPE_CHECKING:
     from .server import Server
@@ -37,23 +38,48 @@ Parameters = Sequence[Optional[bytes]]
 
 
 class Job(NamedTuple):
-    """What is to be run, and how."""
+    """What is to be run, and how; make() makes it."""
 
     sql: str
     script: Script
     queue_size: int
-    submitted: bool = False
-    label: str | None = None
-    parameters: Parameters | None = None  # then the extended protocol runs it: a single statement
-    discards: bool = False  # nobody will read its rows
+    submitted: bool
+    label: str | None
+    parameters: Parameters | None  # then the extended protocol runs it: a single statement
+    discards: bool  # nobody will read its rows
+    packet: bytes | None  # the messages that run it; None where they are so long that they are made when they are sent
+    told: str  # what the supervisor is told of it, whoever runs it
+
+    @classmethod
+    def make(
+        cls,
+        server: Server,
+        sql: str,
+        script: Script,
+        queue_size: int,
+        *,
+        submitted: bool = False,
+        label: str | None = None,
+        parameters: Parameters | None = None,
+        discards: bool = False,
+    ) -> Job:
+        """A job that may be run any number of times."""
+        told = messages.told_of_job(label, submitted, queue_size, sql[:PREVIEW_CHARACTERS])
+        job = cls(sql, script, queue_size, submitted, label, parameters, discards, None, told)
+        if len(sql) > AT_ONCE_BYTES:
+            return job
+        packet = job.encoded(server)
+        return job._replace(packet=packet) if len(packet) <= AT_ONCE_BYTES else job
 
     @property
     def statements(self) -> int:
         """Their number; the extended protocol takes one."""
         return self.script.statements if self.parameters is None else 1
 
-    def packet(self, server: Server) -> bytes:
+    def encoded(self, server: Server) -> bytes:
         """The messages that run it, for a session whose answer libpq does not read."""
+        if self.packet is not None:
+            return self.packet
         sql = server.encode(self.sql)
         if self.parameters is None:
             return wire.query_message(sql)

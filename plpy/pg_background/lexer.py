@@ -59,8 +59,6 @@ _CONTINUATION = re.compile(r"[ \t\f\v]*(?:--[^\n\r]*)?[\n\r](?:[ \t\n\r\f\v]|--[
 _WRITES = re.compile(r"[ \t\n\r\f\v]*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE | re.ASCII)
 _BLANK_START = re.compile(r"[ \t\n\r\f\v]*(?:[-/;]|\Z)")
 
-_REMEMBERED_CHARACTERS = 10_000
-
 _SPACE = " \t\n\r\f\v"
 _STRING = "'"
 _QUOTED = '"'
@@ -94,21 +92,12 @@ class Script(NamedTuple):
 
 
 def script(sql: str, standard_conforming_strings: bool) -> Script:
-    """That of a SQL string; those of the last short ones are remembered."""
-    if len(sql) > _REMEMBERED_CHARACTERS:
-        return _script(sql, standard_conforming_strings)
-    return _remembered_script(sql, standard_conforming_strings)
-
-
-def _script(sql: str, standard_conforming_strings: bool) -> Script:
+    """That of a SQL string."""
     return Script(
         forbidden(sql, standard_conforming_strings),
         statement_count(sql, standard_conforming_strings) if ";" in sql else 1,
         returns_no_rows(sql),
     )
-
-
-_remembered_script = functools.lru_cache(maxsize=100)(_script)
 
 
 def forbidden(sql: str, standard_conforming_strings: bool) -> str | None:

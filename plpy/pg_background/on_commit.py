@@ -81,7 +81,7 @@ class OnCommit:
         batch.unresolved.add(key)
         try:
             with os.fdopen(os.memfd_create("pg_background", os.MFD_CLOEXEC), "wb", buffering=0) as file:
-                _write_all(file.fileno(), guard + job.packet(self._server) + clean_up.packet)
+                _write_all(file.fileno(), guard + job.encoded(self._server) + clean_up.packet)
                 self._registry.control.tell([messages.DEFER, announcement, extras], session, file.fileno())
         except BaseException:
             batch.unresolved.discard(key)

@@ -19,7 +19,8 @@ def outcome_of(job: Job, answer: wire.Answer, decode: Callable[[bytes], str]) ->
     changes: Row = {"finished_at": timestamp()}
     if answer.error is None:
         tag = (answer.tag_before if job.tags_after else answer.tag) or b""
-        changes.update(state="stopped", command_tag=decode(tag), row_count=wire.row_count(tag))
+        text = decode(tag)
+        changes.update(state="stopped", command_tag=text, row_count=wire.row_count(text))
         return changes
     fields = {name: decode(value) for name, value in wire.error_fields(answer.error).items()}
     interrupted = fields.get("sqlstate") in ("57014", "57P01")

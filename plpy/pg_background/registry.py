@@ -74,7 +74,9 @@ class Registry:
 
         53400 at max_workers, 53300 where the server has no connection left, each after launch_timeout.
         """
-        session = self._ready_session(configuration)
+        session: WorkerSession | None = None
+        if self.on_commit is None and len(self.workers) < configuration.max_workers and self.control.is_quiet:
+            session = self.sessions.ready(configuration)  # most launches need no more
         if session is None:
             session = self.session(configuration, configuration.launch_deadline())
         worker = Worker(self.server, self._styles, self.control, session, job, configuration, v1=v1)
@@ -89,11 +91,6 @@ class Registry:
         self.workers[worker.pid] = worker
         self.launched += 1
         return worker
-
-    def _ready_session(self, configuration: Configuration) -> WorkerSession | None:
-        """As session(), where nothing is to be heard, started or waited for: the way that most launches take."""
-        has_room = len(self.workers) + self._after_commit_count() < configuration.max_workers
-        return self.sessions.ready(configuration) if has_room and self.control.is_quiet else None
 
     def session(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session for jobs, which take a place of max_workers; a supervisor serves it. Errors as of launch."""
@@ -261,7 +258,8 @@ class Registry:
         ended = worker.ended
         may_be_cleaned = not ended and not at_once and self.sessions.has_room()
         clean_up = worker.clean_up_behind() if may_be_cleaned else None
-        self.count_end(worker)
+        if not worker.counted:
+            self.count_end(worker)
         self.workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None
         if unasked:
@@ -340,7 +338,7 @@ class Registry:
 
     def count_end(self, worker: Worker) -> None:
         """Count an ended worker, once."""
-        if not worker.counted and worker.ended:
+        if worker.ended and not worker.counted:
             worker.counted = True
             self.counts[worker.state] += 1
             self._elapsed_ms += worker.elapsed_ms

@@ -88,7 +88,7 @@ class WorkerSession:
         self.known_to_supervisor = 0  # the number of the control connection over which it was handed over
         self.closed = False
         self.users: list[str] = []
-        self._is_superuser = False  # when it began: whether it has the right to become anybody
+        self.is_superuser = False  # when it began: whether it has the right to become anybody
         self.is_switched = False  # from another role: so Python runs in the worker already, which counts placeholders
         self.cleaning = Cleaning(server, connection, [])  # until finish() knows what proves it
         self._out_of_step = False  # libpq waits for an answer that another process has read
@@ -120,7 +120,7 @@ class WorkerSession:
                 continue
             session = cls(server, connection, role_oid)
             session.guc_state, session.inherited = guc_state, inherited
-            session._is_superuser = role is not None and role.is_superuser
+            session.is_superuser = role is not None and role.is_superuser
             try:
                 if login.oid != role_oid:
                     session._begin_switch(idle_timeout_ms)
@@ -143,7 +143,7 @@ class WorkerSession:
         self.verify()
         inherited, self.inherited = self.inherited, Inherited(b"", (), b"")
         if self.is_switched:
-            proof = proof_of_switched(self.role_oid, is_superuser=self._is_superuser)
+            proof = proof_of_switched(self.role_oid, is_superuser=self.is_superuser)
             self.cleaning = Cleaning(self._server, self.connection, proof, self._server.member_oid(PROOF))
             if self.role_oid not in hidden_settings:
                 # Before the settings: a transaction under them may be one that waits for the launcher's to end.
@@ -172,7 +172,7 @@ class WorkerSession:
         The code is sent compiled, which the worker would need 2 ms for. Its source is this extension's module `switch`.
         ends_refused: where it cannot, nobody waits for its error, and it must not stay as the login role.
         """
-        role = f"{self.role_oid:d}, {self._is_superuser!r}"
+        role = f"{self.role_oid:d}, {self.is_superuser!r}"
         arguments = f"plpy, {role}, {_system_user(self._server)!a}, {inherited.resets!a}"
         lines = (
             "try:",
@@ -194,7 +194,7 @@ class WorkerSession:
         row = self.run(b"SELECT " + _WHO_AM_I)
         self.users = [self._server.decode(row.get_value(0, column) or b"") for column in range(row.nfields)]
         role = self._server.role(self.role_oid)
-        if role is not None and role.is_superuser is not self._is_superuser:
+        if role is not None and role.is_superuser is not self.is_superuser:
             raise background_error(
                 OBJECT_NOT_IN_PREREQUISITE_STATE,
                 "the role of the background worker has just become a superuser, or ceased to be one",
@@ -214,7 +214,7 @@ class WorkerSession:
     @property
     def is_still_its_role(self) -> bool:
         """Whether the role has the power that it had: the server keeps a session's right to become anybody."""
-        if not self._is_superuser:
+        if not self.is_superuser:
             return True
         role = self._server.role(self.role_oid)
         return role is not None and role.is_superuser

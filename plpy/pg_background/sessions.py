@@ -63,7 +63,7 @@ class Sessions:
             session.role_oid == self._server.caller()
             and session.guc_state == configuration.guc_state
             and session.pid not in self._registry.workers
-            and session.is_still_its_role
+            and not session.is_superuser
             and session.cleaning.is_as_proven()
         )
         return self._pool.idle.popleft() if is_ready else None
@@ -276,7 +276,7 @@ class Sessions:
     def take_back(self, worker: Worker) -> None:
         """Clean a session whose job was read to its end, and keep it, or end it."""
         session = worker.session
-        if not worker.is_reusable or not self._has_room_for(session):
+        if not (worker.is_reusable and (len(self._pool.idle) < self._pool_size or self._has_room_for(session))):
             self.end(session)
             return
         try:

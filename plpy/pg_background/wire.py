@@ -49,8 +49,12 @@ _FIELD_NAMES = {code: name for name, code in FIELD_CODES.items()}
 
 # A column of a RowDescription, behind its name: table, its column, type, its length, typmod, format.
 _FIELD = struct.Struct("!IhIhih")
-# CommandComplete and ReadyForQuery; no tag is as long as 250 bytes.
-_LONE_TAG = re.compile(rb"C\x00\x00\x00[\x06-\xff]([^\x00]+)\x00Z\x00\x00\x00\x05I", re.DOTALL)
+# CommandComplete and ReadyForQuery, in the extended protocol behind what says that there are no rows.
+_LONE_TAG = re.compile(
+    rb"(?:1\x00\x00\x00\x042\x00\x00\x00\x04n\x00\x00\x00\x04)?"
+    rb"C\x00\x00\x00.([A-Z0-9 ]{1,64})\x00Z\x00\x00\x00\x05I",
+    re.DOTALL,
+)
 
 
 def query_message(sql: bytes) -> bytes:
@@ -308,10 +312,9 @@ def whole_messages(window: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
     return messages, position
 
 
-def lone_tag(window: bytes) -> tuple[bytes, int] | None:
-    """The command tag of an answer that is nothing else, and where that ends; None for any other."""
-    found = _LONE_TAG.match(window)
-    return (found.group(1), found.end()) if found is not None else None
+def lone_tag(window: bytes) -> re.Match[bytes] | None:
+    """Matches an answer that is nothing but a command tag, whose text is the first group; None for any other."""
+    return _LONE_TAG.match(window)
 
 
 class Field(NamedTuple):
@@ -361,10 +364,10 @@ def row_values(body: bytes) -> list[bytes | None]:
     return values
 
 
-def row_count(tag: bytes) -> int | None:
+def row_count(tag: str) -> int | None:
     """The number of rows that a command tag tells; None where it tells none."""
-    last = tag.rpartition(b" ")[2]
-    return int(last) if last.isdigit() else None
+    last = tag.rpartition(" ")[2]
+    return int(last) if last.isdecimal() and last.isascii() else None
 
 
 def receive_from(connection: socket.socket, size: int, flags: int) -> bytes | None:

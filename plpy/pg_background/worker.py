@@ -97,31 +97,44 @@ class Worker(Intake):
 
     def start(self) -> None:
         """Send the job, and tell the supervisor."""
-        self._statements = self.job.statements
-        if self.job.submitted:
+        job = self.job
+        self._statements = job.statements
+        if job.submitted:
             self._submit()
-        else:
-            self._launch()
-
-    def _launch(self) -> None:
-        """Past libpq where one write is sure to take it, which is told of no end that it has not been asked for."""
+            return
         self.started_settings = self.configuration.output
-        packet = b"" if self._probes else self.job.packet(self._server)
-        if packet and len(packet) <= SURELY_WRITTEN_BYTES:
-            self._launch_directly(packet)
-        else:
+        if job.packet is None or self._statements > 1:
             self._launch_through_libpq()
+        else:
+            self._launch_directly(job.packet)
 
     def _launch_directly(self, packet: bytes) -> None:
         """What returns no rows has its clean-up right behind it: nothing is asked of the session in between."""
+        session, configuration, job, control = self.session, self.configuration, self.job, self._control
         self._direct = True
-        if self.configuration.pool_size and self.job.script.returns_no_rows:
-            clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
+        if job.script.returns_no_rows and configuration.pool_size:
+            clean_up = session.cleaning.clean_up(configuration.pool_idle_timeout_ms)
             self._clean_ups = clean_up.answers
             packet += clean_up.packet
         # First, so that no progress of this job can reach the supervisor before it knows of the job.
-        self.tell_supervisor()
-        self.session.write(packet, self._tell_writing)
+        announcement = messages.job_packet(
+            self.key,
+            self.pid,
+            self.cookie,
+            self.role_oid,
+            job.told,
+            self._launched_us,
+            session.process_start,
+            configuration.history_ms,
+            self._started_ns,
+            self._tags_of_commit,
+            self._clean_ups,
+        )
+        if not configuration.worker_timeout_ms and control.tell_at_once(announcement, session):
+            self.announced, self._announced_on = True, control.connections
+        else:
+            self.tell_supervisor()
+        session.write(packet, self._tell_writing)
 
     def _launch_through_libpq(self) -> None:
         """Several statements get one more, which tells the output settings that they end with."""
@@ -167,7 +180,7 @@ class Worker(Intake):
         clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
         self._clean_ups = clean_up.answers
         self.tell_supervisor()
-        self.session.write(self.job.packet(self._server) + clean_up.packet, self._tell_writing)
+        self.session.write(self.job.encoded(self._server) + clean_up.packet, self._tell_writing)
 
     def _tell_writing(self, writing: bool) -> None:
         """Were this session to end now, the supervisor would have to do the same with half a job's worker."""
@@ -367,6 +380,16 @@ class Worker(Intake):
         self.changes = changes
         self._set_ended(State(changes["state"]))
 
+    def _end_with(self, tag: str) -> None:
+        ended_ns = time.monotonic_ns()
+        rows = wire.row_count(tag)
+        self.elapsed_ms = (ended_ns - self._started_ns) / 1e6
+        self.state = State.STOPPED
+        self.changes = {"state": State.STOPPED.value, "command_tag": tag, "row_count": rows}
+        packet = messages.finished_packet(self.key, tag, rows, ended_ns)
+        if self._announced_on != self._control.connections or not self._control.tell_at_once(packet, self.session):
+            self._report_end(ended_ns)
+
     def _end(self) -> None:
         """The job is over: commit or rollback has happened. The supervisor need not find out by itself."""
         if self.ended:
@@ -381,7 +404,10 @@ class Worker(Intake):
             self._check_encoding()
         self._set_ended(State.STOPPED if stopped else State.CANCELED if self._was_canceled() else State.ERROR)
         self.changes = self._changes()
-        finished = [messages.FINISHED, self.key, self.changes, time.monotonic_ns()]
+        self._report_end(time.monotonic_ns())
+
+    def _report_end(self, ended_ns: int) -> None:
+        finished = [messages.FINISHED, self.key, self.changes, ended_ns]
         self._control.report_end(finished, self._announced_on, self._ended_row)
 
     def _ended_row(self) -> dict[str, Any]:
@@ -397,12 +423,8 @@ class Worker(Intake):
         """What the end changes in the job's row."""
         report = self.error
         if report is None:
-            tag = self._tags[-1] if self._tags else b""
-            return {
-                "state": State.STOPPED.value,
-                "command_tag": self._server.decode(tag),
-                "row_count": wire.row_count(tag),
-            }
+            tag = self._server.decode(self._tags[-1]) if self._tags else ""
+            return {"state": State.STOPPED.value, "command_tag": tag, "row_count": wire.row_count(tag)}
         return {"state": self.state.value, **report.in_row()}
 
     def _explained(self, report: Report) -> Report | None:
