@@ -10,7 +10,6 @@ from typing import Any
 
 # The SQLSTATEs that the extension raises by itself (PostgreSQL's appendix "Error Codes").
 CONNECTION_FAILURE = "08006"
-PROTOCOL_VIOLATION = "08P01"
 UNABLE_TO_CONNECT = "08001"
 FEATURE_NOT_SUPPORTED = "0A000"
 INVALID_PARAMETER_VALUE = "22023"

@@ -15,7 +15,6 @@ from . import output_settings, wire
 from .backlog import Backlog, Item, Rows
 from .errors import (
     FEATURE_NOT_SUPPORTED,
-    PROTOCOL_VIOLATION,
     BackgroundError,
     Report,
     backend_died,
@@ -75,6 +74,9 @@ class Intake(ABC):
     _direct = False  # libpq knows nothing of the job
     _clean_ups = 0  # answers that follow the job's
     _unread = b""  # of what was read past libpq: an answer's start, or at the end what follows it
+    _stays_direct = False
+    _retakes = False  # while it was taken in, a query of this session failed
+    _at_end = False  # nothing more will come
     _reports: wire.Reports = wire.NO_REPORTS  # what has become of settings, as was read past libpq
     _usable = True  # nothing has shown that the session is not
 
@@ -144,43 +146,47 @@ class Intake(ABC):
 
     def _pump_directly(self, limit: int) -> None:
         while self._direct and self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
-            received = read_what_is_there(self.session.connection)
-            if received is None:
-                return
-            self._touched = True
-            self._unread += received
+            if not self._retakes:
+                received = read_what_is_there(self.session.connection)
+                if received is None:
+                    return
+                self._touched = self._retakes = True
+                self._at_end = not received
+                self._unread += received
             lone = wire.lone_tag(self._unread)
             if lone is None or self._reports or self.error is not None:
-                self._take_directly(at_end=not received)
-                continue
-            tag = lone.group(1)
-            self._tags.append(tag)
-            self._tags_seen = 1
-            self._unread = self._unread[lone.end() :]
-            self._end_with(tag.decode("ascii"))
+                self._take_directly()
+            else:
+                tag = lone.group(1)
+                self._tags.append(tag)
+                self._tags_seen = 1
+                self._unread = self._unread[lone.end() :]
+                self._end_with(tag.decode("ascii"))
+            self._retakes = False
 
-    def _take_directly(self, *, at_end: bool) -> None:
+    def _take_directly(self) -> None:
         """Take the messages that are there; their answer is a small one, or one that a clean-up's follow.
 
-        at_end: nothing more will come. All others are left to libpq, unless no descriptor is left for that.
+        All others are left to libpq, unless no descriptor is left for that.
         """
         try:
             messages, end = wire.whole_messages(self._unread)
         except ValueError as error:
-            self._break_off(Report(PROTOCOL_VIOLATION, f"the background worker with PID {self.pid} broke off: {error}"))
+            self._break_off(backend_died(self.pid, str(error)))
             return
         kinds = [kind for kind, _ in messages]
         is_small = end == len(self._unread) and kinds[-1:] == [b"Z"] and _SMALL.issuperset(kinds)
-        if not is_small and not self._clean_ups and self._let_libpq_take_over(self._unread):
+        if not (is_small or self._clean_ups or self._stays_direct) and self._let_libpq_take_over(self._unread):
             self._direct, self._unread = False, b""
             return
+        self._stays_direct = True  # libpq would not know what the first messages said
         for are_rows, group in groupby(messages, _is_row):
             if are_rows:
                 self._take_rows_directly([body for _, body in group])
                 continue
             for kind, body in group:
                 self._take_message(kind, body)
-        if at_end and not self.ended:
+        if self._at_end and not self.ended:
             self._break_off(backend_died(self.pid))
 
     def _take_rows_directly(self, bodies: list[bytes]) -> None:

@@ -327,10 +327,13 @@ class Worker(Intake):
             self.pump(self.job.queue_size)
             if self.ended:
                 return
+        arrived = False
         with self._watch() as watch:
-            while self.columns is None and not self.ended:
-                arrived = watch.wait_for((self.awaited(),))
+            while True:
                 self.pump(max(self.job.queue_size, self.backlog.bytes_in_memory + 1), arrived=arrived)
+                if self.columns is not None or self.ended:
+                    return
+                arrived = watch.wait_for((self.awaited(),))
 
     def next_item(self) -> Item | None:
         """The next batch of rows or notice, waiting for it; None at the end."""

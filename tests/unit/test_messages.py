@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -39,6 +40,35 @@ def test_what_is_sent_arrives(arguments: list[Any]) -> None:
         assert received is not None
         assert received.message == ["kind", *arguments]
         assert received.descriptors == ()
+
+
+@given(
+    st.none() | st.text(),
+    st.booleans(),
+    st.text(max_size=120),
+    st.none() | st.integers(0, 2**63),
+    st.none() | st.integers(0, 9),
+    st.integers(0, 3),
+)
+def test_a_jobs_packet_is_what_would_have_been_sent(
+    label: str | None, submitted: bool, preview: str, start: int | None, tags: int | None, clean_ups: int
+) -> None:
+    announcement = messages.Announcement(
+        2**62, 4711, 5, 16384, label, submitted, 65536, preview, 1_700_000_000_000_000, start, 86_400_000
+    )
+    told = messages.told_of_job(label, submitted, 65536, preview)
+    packet = messages.job_packet(
+        2**62, 4711, 5, 16384, told, 1_700_000_000_000_000, start, 86_400_000, 12345, tags, clean_ups
+    )
+    extras = {"clean_ups": clean_ups} if clean_ups else {}
+    assert json.loads(packet) == [messages.JOB, list(announcement), 12345, tags, extras]
+
+
+@given(st.integers(1, 2**63 - 1), st.none() | st.integers(0, 2**40))
+def test_an_ends_packet_is_what_would_have_been_sent(key: int, rows: int | None) -> None:
+    changes = {"state": "stopped", "command_tag": "INSERT 0 1", "row_count": rows}
+    packet = messages.finished_packet(key, "INSERT 0 1", rows, 67890)
+    assert json.loads(packet) == [messages.FINISHED, key, changes, 67890]
 
 
 def test_descriptors_arrive_and_nothing_is_left_open(pair: tuple[socket.socket, socket.socket]) -> None:

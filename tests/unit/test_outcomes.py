@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import struct
 
 import pytest
 from pg_background import wire
-from pg_background.outcomes import drained_answer, outcome_of
-from pg_background.supervised import Channel, Job
+from pg_background.outcomes import last_answer, outcome_of
+from pg_background.supervised import Job
 
 _TERMINATED = b"SFATAL\0VFATAL\0C57P01\0Mterminating\0\0"
 
@@ -43,16 +42,10 @@ _CLEAN_UP = (
 
 
 @pytest.mark.parametrize("come", range(4))
-def test_what_was_drained_is_the_jobs_answer_or_none(come: int) -> None:
+def test_what_a_stream_ends_with_is_the_jobs_answer_or_none(come: int) -> None:
     """However much of the clean-up behind it has come; that never stands for the job."""
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        channel = Channel(1, None, ours, None)
-        job = Job({"state": "running"}, 0, 1, {"clean_ups": 3})
-        channel.tail = _JOB + b"".join(_CLEAN_UP[:come])
-        answer = drained_answer(channel, job)
-        assert answer is not None
-        assert answer.tag == b"INSERT 0 7"
-        channel.tail = b"".join(_CLEAN_UP[:come])
-        assert drained_answer(channel, job) is None
-        channel.process.close()
+    job = Job({"state": "running"}, 0, 1, {"clean_ups": 3})
+    answer = last_answer(_JOB + b"".join(_CLEAN_UP[:come]), job)
+    assert answer is not None
+    assert answer.tag == b"INSERT 0 7"
+    assert last_answer(b"".join(_CLEAN_UP[:come]), job) is None

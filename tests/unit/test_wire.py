@@ -159,12 +159,95 @@ def test_garbage_is_no_outcome_and_no_crash(window: bytes) -> None:
     wire.last_answer(window)
 
 
-@given(st.binary(max_size=100), st.lists(st.none() | st.binary(max_size=50), max_size=5))
-def test_a_bound_query_is_four_messages(sql: bytes, parameters: list[bytes | None]) -> None:
-    packet = wire.bound_query_messages(sql, parameters)
-    kinds = []
+@given(st.binary(max_size=100), st.lists(st.none() | st.binary(max_size=50), max_size=5), st.booleans())
+def test_a_bound_query_is_four_messages(sql: bytes, parameters: list[bytes | None], describe: bool) -> None:
+    """Five where it is to tell the columns."""
+    packet = wire.bound_query_messages(sql, parameters, describe=describe)
+    kinds = [kind for kind, _ in _messages_of(packet)]
+    assert kinds == ([b"P", b"B", b"D", b"E", b"S"] if describe else [b"P", b"B", b"E", b"S"])
+
+
+def _messages_of(packet: bytes) -> list[tuple[bytes, bytes]]:
+    messages = []
     while packet:
         length = struct.unpack_from("!I", packet, 1)[0]
-        kinds.append(packet[:1])
+        messages.append((packet[:1], packet[5 : 1 + length]))
         packet = packet[1 + length :]
-    assert kinds == [b"P", b"B", b"E", b"S"]
+    return messages
+
+
+_NO_ROWS = message(b"1") + message(b"2") + message(b"n")
+
+
+@pytest.mark.parametrize("before", [b"", _NO_ROWS], ids=["simple", "extended"])
+@given(behind=st.binary(max_size=50))
+def test_a_lone_tag_is_told_from_what_follows_it(before: bytes, behind: bytes) -> None:
+    answer = before + tag(b"INSERT 0 1") + READY
+    found = wire.lone_tag(answer + behind)
+    assert found is not None
+    assert (found.group(1), found.end()) == (b"INSERT 0 1", len(answer))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        tag(b"INSERT 0 1"),
+        tag(b"INSERT 0 1") + READY[:-1],
+        tag(b"INSERT 0 1") + message(b"Z", b"T"),
+        message(b"N", b"SNOTICE\0\0") + tag(b"INSERT 0 1") + READY,
+        data_row([b"1"]) + tag(b"SELECT 1") + READY,
+        tag(b"INSERT 0 1") * 2 + READY,
+        tag(b'"quoted"') + READY,
+        error(b"22012", b"division by zero") + READY,
+    ],
+)
+def test_any_other_answer_is_no_lone_tag(answer: bytes) -> None:
+    assert wire.lone_tag(answer) is None
+
+
+_CHUNKS = st.lists(
+    st.sampled_from([b"C", b"D", b"N", b"E", b"S", b"1"]).flatmap(
+        lambda kind: st.binary(max_size=30).map(lambda body: (kind, body))
+    ),
+    max_size=6,
+)
+
+
+@given(_CHUNKS, st.data())
+def test_whole_messages_are_those_that_have_come_to_their_ends(
+    sent: list[tuple[bytes, bytes]], data: st.DataObject
+) -> None:
+    """Whatever has come of the next one, and never beyond the end of the group."""
+    sent = [*sent, (b"Z", b"I"), (b"C", b"DISCARD ALL\0")]
+    stream = b"".join(message(kind, body) for kind, body in sent)
+    come = data.draw(st.integers(0, len(stream)))
+    messages, end = wire.whole_messages(stream[:come])
+    assert messages == sent[: len(messages)]
+    assert end == sum(5 + len(body) for _, body in messages)
+    group = sent[: sent.index((b"Z", b"I")) + 1]
+    whole = [count for count in range(len(group) + 1) if sum(5 + len(body) for _, body in group[:count]) <= come]
+    assert len(messages) == whole[-1]
+
+
+@pytest.mark.parametrize("garbage", [b"?\0\0\0\4", b"C\0\0\0\3", b"D\xff\xff\xff\xff"])
+def test_what_is_no_message_is_not_waited_for(garbage: bytes) -> None:
+    with pytest.raises(ValueError, match="no message"):
+        wire.whole_messages(tag(b"INSERT 0 1") + garbage)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.binary(max_size=63).filter(lambda name: b"\0" not in name),
+            st.integers(0, 2**32 - 1),
+            st.integers(-(2**31), 2**31 - 1),
+        ),
+        max_size=5,
+    )
+)
+def test_a_row_description_tells_names_and_types(fields: list[tuple[bytes, int, int]]) -> None:
+    body = struct.pack("!H", len(fields)) + b"".join(
+        name + b"\0" + struct.pack("!IhIhih", 7, 1, oid, -1, typmod, 0) for name, oid, typmod in fields
+    )
+    assert [tuple(field) for field in wire.row_description(body)] == fields
