@@ -70,7 +70,7 @@ _EPOCH = datetime.fromtimestamp(0, timezone.utc)
 _PEER_CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
-_decode = json.JSONDecoder().decode
+_decode = json.JSONDecoder().raw_decode  # decode() also looks for white space around, of which ours has none
 
 
 def _encoder() -> Callable[[Any], str]:
@@ -223,13 +223,31 @@ def _shortened(value: Any) -> Any:
 def receive(connection: socket.socket) -> Received | None:
     """The next message; None when the other end is gone. BlockingIOError when there is none yet."""
     try:
-        packet, ancillary, flags, _ = _receive_packet(connection)
+        packet, ancillary, flags, _ = connection.recvmsg(_MAX_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
     except ConnectionResetError:
         # Told once, before what lies unread, where the other end closed with something unread.
-        packet, ancillary, flags, _ = _receive_packet(connection)
-    if ancillary:
-        return _received(packet, _descriptors_of(ancillary), flags)
-    return _received(packet, (), flags)
+        packet, ancillary, flags, _ = connection.recvmsg(_MAX_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
+    if not packet:
+        return None
+    descriptors = _descriptors_of(ancillary) if ancillary else ()
+    try:
+        return Received(_message_in(packet, flags), descriptors)
+    except (ValueError, RecursionError, ProtocolError) as error:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if isinstance(error, ProtocolError):
+            raise
+        raise ProtocolError(str(error)) from error
+
+
+def _message_in(packet: bytes, flags: int) -> list[Any]:
+    if flags & _DESCRIPTORS_LOST:
+        raise DescriptorsLostError("descriptors lost")
+    text = packet.decode()
+    message, end = _decode(text)
+    if flags & _RECEIVED_IN_PART or end != len(text) or not isinstance(message, list) or not message:
+        raise ProtocolError("truncated, or no array")
+    return message
 
 
 def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
@@ -238,24 +256,6 @@ def _descriptors_of(ancillary: list[tuple[int, int, bytes]]) -> tuple[int, ...]:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             descriptors.frombytes(payload[: len(payload) - len(payload) % descriptors.itemsize])
     return tuple(descriptors)
-
-
-def _received(packet: bytes, descriptors: tuple[int, ...], flags: int) -> Received | None:
-    if not packet:
-        return None
-    try:
-        if flags & _DESCRIPTORS_LOST:
-            raise DescriptorsLostError("descriptors lost")
-        message = _decode(packet.decode())
-        if flags & _RECEIVED_IN_PART or not isinstance(message, list) or not message:
-            raise ProtocolError("truncated, or no array")
-    except (ValueError, RecursionError, ProtocolError) as error:
-        for descriptor in descriptors:
-            os.close(descriptor)
-        if isinstance(error, ProtocolError):
-            raise
-        raise ProtocolError(str(error)) from error
-    return Received(message, descriptors)
 
 
 def receive_all(connection: socket.socket, limit: int) -> tuple[list[bytes], bool]:
@@ -272,7 +272,3 @@ def receive_all(connection: socket.socket, limit: int) -> tuple[list[bytes], boo
     except OSError:
         return packets, True
     return packets, False
-
-
-def _receive_packet(connection: socket.socket) -> tuple[bytes, list[tuple[int, int, bytes]], int, Any]:
-    return connection.recvmsg(_MAX_BYTES, _ANCILLARY_BYTES, _CLOSE_ON_EXEC)
