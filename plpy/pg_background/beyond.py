@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from . import lexer, messages
-from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, runnable, tags_of
+from .calls import MAX_GRACE_MS, MAX_TIMEOUT_MS, TERMINATION_S, clamp, tags_of
 from .endings import Ending, Handle, OtherEnding, OwnEnding, wait_for_all, wait_for_any
 from .errors import (
     INVALID_PARAMETER_VALUE,
@@ -22,7 +22,7 @@ from .errors import (
     as_json,
     background_error,
 )
-from .job import PREVIEW_CHARACTERS, Job, Parameters, State
+from .job import PREVIEW_CHARACTERS, Parameters, State
 from .row_types import RowTypes
 from .worker import Worker
 
@@ -81,16 +81,12 @@ class Beyond:
         if self._registry.on_commit is None:
             self._registry.on_commit = OnCommit(self._server, self._registry)
         configuration = self._configurations.now()
-        sql = _given(sql)
-        job = Job.make(
-            self._server,
-            sql,
-            runnable(sql, configuration),
-            configuration.queue_bytes(queue_size or 0),
-            submitted=True,
-            label=_checked_label(label),
-            parameters=self._parameters(params),
+        job = self._runtime.job(
+            _given(sql), queue_size or 0, configuration, submitted=True, label=_checked_label(label)
         )
+        parameters = self._parameters(params)
+        if parameters is not None:
+            job = job.bound(self._server, parameters)
         pid, cookie = self._registry.on_commit.defer(job, configuration, marker)
         return f"({pid},{cookie})"
 
@@ -138,6 +134,7 @@ class Beyond:
             timed_out = not worker.wait(deadline)
             if timed_out:
                 self._stop(worker, timeout_ms)
+            worker.note_plain()  # its rows are none of anybody's
             row = _outcome_of(_row_of(worker))
         except BaseException:
             self._abandon(worker)

@@ -138,20 +138,12 @@ class Runtime:
         configuration = self._configurations.now()
         known = (sql, queue_size, submitted, label, discards)
         job = self._jobs.get(known)
-        if job is None or parameters is not None or configuration is not self._jobs_configuration:
-            script = runnable(sql, configuration)
-            job = Job.make(
-                self._server,
-                sql,
-                script,
-                configuration.queue_bytes(queue_size),
-                submitted=submitted,
-                label=label,
-                parameters=parameters,
-                discards=discards,
-            )
-            if parameters is None and len(sql) <= _REMEMBERED_CHARACTERS:
+        if job is None or configuration is not self._jobs_configuration:
+            job = self.job(sql, queue_size, configuration, submitted=submitted, label=label, discards=discards)
+            if len(sql) <= _REMEMBERED_CHARACTERS:
                 self._remember(known, job, configuration)
+        if parameters is not None:
+            job = job.bound(self._server, parameters)
         return self._registry.launch(job, configuration, v1=v1)
 
     def _remember(self, known: tuple[Any, ...], job: Job, configuration: settings.Configuration) -> None:
@@ -159,6 +151,28 @@ class Runtime:
         if configuration is not self._jobs_configuration or len(self._jobs) >= _REMEMBERED_JOBS:
             self._jobs.clear()
         self._jobs[known], self._jobs_configuration = job, configuration
+
+    def job(
+        self,
+        sql: str,
+        queue_size: int,
+        configuration: settings.Configuration,
+        *,
+        submitted: bool = False,
+        label: str | None = None,
+        discards: bool = False,
+    ) -> Job:
+        """A job, without parameters. 0A000 for what no worker can run, 22023 for a queue_size out of range."""
+        queue_bytes = configuration.queue_bytes(queue_size)
+        script = lexer.script(sql, configuration.standard_strings)
+        if script.forbidden is not None:
+            raise background_error(
+                FEATURE_NOT_SUPPORTED,
+                f"a background worker cannot run {script.forbidden}",
+                detail="Its SQL runs as one implicit transaction, without a client of its own.",
+                hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
+            )
+        return Job.make(self._server, sql, script, queue_bytes, submitted=submitted, label=label, discards=discards)
 
     # --- reading ---
 
@@ -303,8 +317,10 @@ class Runtime:
         return ""
 
     def _finish(self, worker: Worker) -> None:
-        """Relay what a worker without rows has said, and let it go."""
+        """Relay what a worker has said beside its rows, and let it go."""
         worker.consumed = True
+        if not worker.dependence.settings:
+            worker.note_plain()
         try:
             while worker.backlog:
                 item = worker.backlog.popleft()
@@ -449,19 +465,6 @@ class Reading:
         self.worker = worker
         self.error: Report | None = None
         self.finished = False
-
-
-def runnable(sql: str, configuration: settings.Configuration) -> lexer.Script:
-    """What is known of the SQL. 0A000 for what no worker can run."""
-    script = lexer.script(sql, configuration.standard_strings)
-    if script.forbidden is not None:
-        raise background_error(
-            FEATURE_NOT_SUPPORTED,
-            f"a background worker cannot run {script.forbidden}",
-            detail="Its SQL runs as one implicit transaction, without a client of its own.",
-            hint="Launch one worker for each transaction; COPY to or from a file or program instead.",
-        )
-    return script
 
 
 def tags_of(worker: Worker) -> str:

@@ -175,8 +175,10 @@ class Intake(ABC):
             self._break_off(backend_died(self.pid, str(error)))
             return
         kinds = [kind for kind, _ in messages]
-        is_small = end == len(self._unread) and kinds[-1:] == [b"Z"] and _SMALL.issuperset(kinds)
-        if not (is_small or self._clean_ups or self._stays_direct) and self._let_libpq_take_over(self._unread):
+        is_alone = end == len(self._unread) or self._clean_ups > 0
+        is_small = is_alone and kinds[-1:] == [b"Z"] and _SMALL.issuperset(kinds)
+        is_for_libpq = not (is_small or self._stays_direct) and (b"T" in kinds or not self._clean_ups)
+        if is_for_libpq and self._let_libpq_take_over(self._unread):
             self._direct, self._unread = False, b""
             return
         self._stays_direct = True  # libpq would not know what the first messages said

@@ -37,6 +37,12 @@ class State(enum.Enum):
 Parameters = Sequence[Optional[bytes]]
 
 
+class Seen:
+    """What was seen of a job when it was run before."""
+
+    plain = False  # its answer was small, and its rows, if any, the same under all settings
+
+
 class Job(NamedTuple):
     """What is to be run, and how; make() makes it."""
 
@@ -49,6 +55,7 @@ class Job(NamedTuple):
     discards: bool  # nobody will read its rows
     packet: bytes | None  # the messages that run it; None where they are so long that they are made when they are sent
     told: str  # what the supervisor is told of it, whoever runs it
+    seen: Seen
 
     @classmethod
     def make(
@@ -60,16 +67,27 @@ class Job(NamedTuple):
         *,
         submitted: bool = False,
         label: str | None = None,
-        parameters: Parameters | None = None,
         discards: bool = False,
     ) -> Job:
-        """A job that may be run any number of times."""
+        """A job without parameters, that may be run any number of times."""
         told = messages.told_of_job(label, submitted, queue_size, sql[:PREVIEW_CHARACTERS])
-        job = cls(sql, script, queue_size, submitted, label, parameters, discards, None, told)
-        if len(sql) > AT_ONCE_BYTES:
-            return job
-        packet = job.encoded(server)
-        return job._replace(packet=packet) if len(packet) <= AT_ONCE_BYTES else job
+        job = cls(sql, script, queue_size, submitted, label, None, discards, None, told, Seen())
+        return job._encoded_if_short(server)
+
+    def bound(self, server: Server, parameters: Parameters) -> Job:
+        """The same job with these parameters."""
+        return self._replace(parameters=parameters, packet=None)._encoded_if_short(server)
+
+    def _encoded_if_short(self, server: Server) -> Job:
+        if len(self.sql) > AT_ONCE_BYTES:
+            return self
+        packet = self.encoded(server)
+        return self._replace(packet=packet) if len(packet) <= AT_ONCE_BYTES else self
+
+    @property
+    def has_clean_up_behind(self) -> bool:
+        """Whether nothing will be asked of its session between its answer and the clean-up, as far as can be known."""
+        return self.script.returns_no_rows or self.seen.plain
 
     @property
     def statements(self) -> int:

@@ -235,9 +235,10 @@ def refuse_unreported(dependence: Dependence) -> None:
     """0A000 where rows depend on settings that the server does not report by itself."""
     if not _REPORTED.issuperset(dependence.settings):
         raise _unreadable(
-            "the background worker's INSERT, UPDATE, DELETE or MERGE has returned rows, though it has no RETURNING",
-            "The session's settings, on which they depend, were reset right behind it.",
-            "Use a SELECT where a rule returns rows, or set pg_background.pool_size to 0.",
+            "the background worker has returned rows which its SQL did not return before, or should not return",
+            "Their text depends on settings that were reset right behind it.",
+            "Launch it again. Where a rule makes rows of an INSERT, UPDATE or DELETE, use a SELECT, or set"
+            " pg_background.pool_size to 0.",
         )
 
 

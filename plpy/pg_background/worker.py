@@ -109,10 +109,10 @@ class Worker(Intake):
             self._launch_directly(job.packet)
 
     def _launch_directly(self, packet: bytes) -> None:
-        """What returns no rows has its clean-up right behind it: nothing is asked of the session in between."""
+        """With its clean-up right behind it, where nothing is asked of the session in between."""
         session, configuration, job, control = self.session, self.configuration, self.job, self._control
         self._direct = True
-        if job.script.returns_no_rows and configuration.pool_size:
+        if configuration.pool_size and job.has_clean_up_behind:
             clean_up = session.cleaning.clean_up(configuration.pool_idle_timeout_ms)
             self._clean_ups = clean_up.answers
             packet += clean_up.packet
@@ -156,7 +156,14 @@ class Worker(Intake):
             raise BackgroundError(report) from error
         self._touched |= len(encoded) + sum(map(len, filter(None, self.job.parameters or ()))) > SURELY_WRITTEN_BYTES
 
+    def note_plain(self) -> None:
+        """The answer, which has been read to its end, was the same under all settings."""
+        if self._direct and self._usable:
+            self.job.seen.plain = True
+
     def _let_libpq_take_over(self, received: bytes) -> bool:
+        if self._clean_ups:  # libpq may read into the answers of that
+            self._usable = self.job.seen.plain = False
         connection = self.session.connection
         connection.notice_handler = self._take_notice
 
@@ -349,6 +356,8 @@ class Worker(Intake):
     def written_under(self) -> Mapping[str, str]:
         """The output settings of the rows; with several statements they are known at the end only."""
         names_objects = "search_path" in self.dependence.settings
+        if self._clean_ups and self.dependence.settings:
+            self.job.seen.plain = False
         if names_objects and self._clean_ups:
             output_settings.refuse_unreported(self.dependence)
         if names_objects or (self.dependence.settings and self._statements > 1):
