@@ -177,7 +177,8 @@ class Intake(ABC):
         kinds = [kind for kind, _ in messages]
         is_alone = end == len(self._unread) or self._clean_ups > 0
         is_small = is_alone and kinds[-1:] == [b"Z"] and _SMALL.issuperset(kinds)
-        is_for_libpq = not (is_small or self._stays_direct) and (b"T" in kinds or not self._clean_ups)
+        no_rows_follow = b"E" in kinds or (self._clean_ups > 0 and b"T" not in kinds)
+        is_for_libpq = not (is_small or no_rows_follow or self._stays_direct)
         if is_for_libpq and self._let_libpq_take_over(self._unread):
             self._direct, self._unread = False, b""
             return

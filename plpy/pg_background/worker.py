@@ -158,12 +158,13 @@ class Worker(Intake):
 
     def note_plain(self) -> None:
         """The answer, which has been read to its end, was the same under all settings."""
-        if self._direct and self._usable:
+        if self._direct and self._usable and not self.job.seen.surprising:
             self.job.seen.plain = True
 
     def _let_libpq_take_over(self, received: bytes) -> bool:
         if self._clean_ups:  # libpq may read into the answers of that
             self._usable = self.job.seen.plain = False
+            self.job.seen.surprising = True
         connection = self.session.connection
         connection.notice_handler = self._take_notice
 
