@@ -319,7 +319,7 @@ class Runtime:
     def _finish(self, worker: Worker) -> None:
         """Relay what a worker has said beside its rows, and let it go."""
         worker.consumed = True
-        if not worker.dependence.settings:
+        if worker.job.script.names_no_table and not worker.dependence.settings:
             worker.note_plain()
         try:
             while worker.backlog:

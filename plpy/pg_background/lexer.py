@@ -57,6 +57,7 @@ _ESCAPED_EDGE = re.compile(r"\\.|''|'", re.DOTALL)
 # A literal goes on, in the same mode, behind white space and line comments that hold a line end.
 _CONTINUATION = re.compile(r"[ \t\f\v]*(?:--[^\n\r]*)?[\n\r](?:[ \t\n\r\f\v]|--[^\n\r]*[\n\r])*'")
 _WRITES = re.compile(r"[ \t\n\r\f\v]*(?:INSERT|UPDATE|DELETE|MERGE)\b", re.IGNORECASE | re.ASCII)
+_SELECTS = re.compile(r"[ \t\n\r\f\v]*SELECT\b", re.IGNORECASE | re.ASCII)
 _BLANK_START = re.compile(r"[ \t\n\r\f\v]*(?:[-/;]|\Z)")
 
 _SPACE = " \t\n\r\f\v"
@@ -89,6 +90,7 @@ class Script(NamedTuple):
     forbidden: str | None  # the first command that no background worker can run
     statements: int  # of one without a semicolon it is known that there is no more than one
     returns_no_rows: bool
+    names_no_table: bool
 
 
 def script(sql: str, standard_conforming_strings: bool) -> Script:
@@ -97,6 +99,7 @@ def script(sql: str, standard_conforming_strings: bool) -> Script:
         forbidden(sql, standard_conforming_strings),
         statement_count(sql, standard_conforming_strings) if ";" in sql else 1,
         returns_no_rows(sql),
+        names_no_table(sql),
     )
 
 
@@ -135,6 +138,11 @@ def returns_no_rows(sql: str) -> bool:
     A rule may make it return some all the same.
     """
     return _WRITES.match(sql) is not None and "RETURNING" not in sql.upper()
+
+
+def names_no_table(sql: str) -> bool:
+    """Whether it is a SELECT without FROM: only functions could give it columns of other types another time."""
+    return _SELECTS.match(sql) is not None and "FROM" not in sql.upper()
 
 
 def is_balanced(sql: str, standard_conforming_strings: bool) -> bool:
