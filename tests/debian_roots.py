@@ -315,11 +315,11 @@ def debian_mirror() -> str:
 
 
 @contextlib.contextmanager
-def _locked(version: int) -> Iterator[None]:
-    """Only one process at a time makes or changes a root."""
+def _locked(what: int | str) -> Iterator[None]:
+    """Only one process, or thread, at a time makes or changes a root, or installs what makes them."""
     folder = roots_folder()
     folder.mkdir(mode=0o755, parents=True, exist_ok=True)
-    with (folder / f".{version}.lock").open("w") as lock:
+    with (folder / f".{what}.lock").open("w") as lock:
         os.set_inheritable(lock.fileno(), True)
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -408,10 +408,11 @@ def _bootstrap(root: Root) -> None:
 
 def _debootstrap(root: Root, log: Path) -> None:
     """Fill an empty folder with the smallest Debian system, in which no package starts a service."""
-    if shutil.which("debootstrap") is None:
-        _say("installing debootstrap")
-        _run(["apt-get", "update"], env=environment())
-        _run(["apt-get", "install", "-y", "--no-install-recommends", "debootstrap"], env=environment())
+    with _locked("debootstrap"):
+        if shutil.which("debootstrap") is None:
+            _say("installing debootstrap")
+            _run(["apt-get", "update"], env=environment())
+            _run(["apt-get", "install", "-y", "--no-install-recommends", "debootstrap"], env=environment())
     release = _ALL_RELEASES[root.version]
     log.write_text("")
     root.path.chmod(0o755)
