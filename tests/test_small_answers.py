@@ -9,12 +9,13 @@ from __future__ import annotations
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.background import Handle, detach, is_idle, is_waiting, launch, listed, result, run, wait
+from tests.background import Handle, detach, is_gone, is_idle, is_waiting, launch, listed, result, run, wait
 from tests.clusters import Session, sqlstate, wait_until
 from tests.supervision import descriptors, stopped, supervisor_pid, terminate_supervisor
 
@@ -154,6 +155,48 @@ def test_what_a_job_leaves_behind_is_gone_before_its_result_is_read(writer: Sess
     assert result(writer, handle) == [("INSERT 0 1",)]
 
 
+@pytest.mark.parametrize("query", ["INSERT INTO log VALUES (1, 'a')", "SELECT 'INSERT 0 1'"])
+@pytest.mark.parametrize("way", ["idle for too long", "terminated"])
+def test_a_kept_session_that_has_ended_is_replaced(writer: Session, conn: Session, query: str, way: str) -> None:
+    """Though all that it was to say of its clean-up was heard, with the answer of its last job."""
+    if way == "idle for too long":
+        writer.execute("SET pg_background.pool_idle_timeout = '200ms'")
+    for _ in range(5):
+        handle = launch(writer, query)
+        wait_until(partial(_has_ended, conn, handle.pid))
+        assert result(writer, handle) == [("INSERT 0 1",)]
+        if way == "terminated":
+            conn.execute("SELECT pg_terminate_backend(%s, 10000)", (handle.pid,))
+        wait_until(partial(is_gone, conn, handle.pid))
+    wait_until(lambda: writer.rows("SELECT DISTINCT state FROM pg_background_activity") == [("stopped",)])
+    assert writer.messages() == []
+
+
+def _has_ended(session: Session, pid: int) -> bool:
+    return is_idle(session, pid) or is_gone(session, pid)
+
+
+def test_a_clean_up_too_long_to_be_taken_at_once_keeps_no_launch(writer: Session, conn: Session) -> None:
+    """The settings of the session are a part of it."""
+    writer.execute("SELECT set_config('myapp.big', repeat('x', 600000), false)")
+    run(writer, "SELECT 1", "n int")
+    with conn.transaction():
+        conn.execute(f"LOCK TABLE {writer.value('SELECT current_schema()')}.log")
+        started = time.monotonic()
+        handles = [launch(writer, "INSERT INTO log VALUES (1, 'a')") for _ in range(3)]
+        assert time.monotonic() - started < 5
+    assert [result(writer, handle) for handle in handles] == [[("INSERT 0 1",)]] * 3
+
+
+def test_rows_of_several_rules_are_not_mixed(writer: Session) -> None:
+    """Those of the first are the result, as where libpq reads them."""
+    writer.execute("CREATE RULE a AS ON INSERT TO log DO ALSO SELECT 1 AS n")
+    writer.execute("CREATE RULE b AS ON INSERT TO log DO ALSO SELECT 'abc' AS what, 5 AS n")
+    for _ in range(2):
+        assert run(writer, "INSERT INTO log VALUES (1, 'a')", "n int") == [(1,)]
+        assert run(writer, "/* not seen to write */ INSERT INTO log VALUES (1, 'a')", "n int") == [(1,)]
+
+
 # --- rows that were plain before ------------------------------------------------------------------
 
 
@@ -181,6 +224,14 @@ def test_a_query_that_was_plain_may_return_other_types_later(writer: Session) ->
                 assert "Launch it again" in (raised.diag.message_hint or "")
             else:
                 assert run(writer, query, f"v {declared}") == writer.rows(query)
+
+
+def test_a_query_that_failed_was_not_plain(writer: Session) -> None:
+    with sqlstate("42P01"):
+        run(writer, "SELECT 'later'::regclass", "r regclass")
+    writer.execute("CREATE TABLE later ()")
+    for _ in range(3):
+        assert run(writer, "SELECT 'later'::regclass", "r regclass") == [("later",)]
 
 
 def test_a_tables_columns_may_change_at_any_time(writer: Session) -> None:
@@ -219,14 +270,37 @@ def test_a_query_that_was_small_may_return_many_rows_later(writer: Session) -> N
     for _ in range(3):
         assert run(writer, query, "n int") == [(0,)]
     writer.execute(f"INSERT INTO growing SELECT g FROM generate_series(1, {_MANY}) g")
+    before = worker_pid(writer)
     for _ in range(3):
         assert run(writer, query, "n int") == [(n,) for n in range(_MANY + 1)]
+    assert worker_pid(writer) == before
+    assert writer.messages() == []
     writer.execute("DELETE FROM growing WHERE n > 0")
     for _ in range(3):
         assert run(writer, query, "n int") == [(0,)]
 
 
-def test_a_query_that_was_plain_costs_no_more_than_one_session_by_what_it_says(writer: Session) -> None:
+@pytest.mark.parametrize("rows", [1, 20_000])
+def test_text_in_another_encoding_is_refused_however_much_it_is(writer: Session, rows: int) -> None:
+    writer.execute("""  -- what it returns is text of UTF8, too, when it is written in LATIN1
+        CREATE TABLE encoding (name text, rows int);
+        INSERT INTO encoding VALUES (getdatabaseencoding(), 1);
+        CREATE FUNCTION texts() RETURNS SETOF text LANGUAGE plpgsql AS $$
+        BEGIN
+            PERFORM set_config('client_encoding', name, false) FROM encoding;
+            RETURN QUERY SELECT chr(195) || chr(164) FROM encoding, generate_series(1, rows);
+        END $$
+    """)
+    for _ in range(3):
+        assert run(writer, "SELECT texts()") == [("\u00c3\u00a4",)]
+    writer.execute("UPDATE encoding SET name = 'LATIN1', rows = %s", (rows,))
+    for _ in range(3):
+        with sqlstate("0A000") as raised:
+            run(writer, "SELECT texts()")
+        assert "client_encoding" in (raised.diag.message_primary or "")
+
+
+def test_a_query_that_was_plain_keeps_its_session_whatever_it_says(writer: Session) -> None:
     writer.execute("""
         CREATE TABLE loud (yes bool);
         CREATE FUNCTION speak() RETURNS int LANGUAGE plpgsql AS $$
@@ -243,7 +317,7 @@ def test_a_query_that_was_plain_costs_no_more_than_one_session_by_what_it_says(w
         assert run(writer, "SELECT speak()", "n int") == [(1,)]
         pids.add(worker_pid(writer))
     assert writer.messages() == ["NOTICE: loud"] * 6
-    assert len(pids) <= 2
+    assert len(pids) == 1
 
 
 def test_a_plain_query_that_fails_later_is_its_error(writer: Session) -> None:

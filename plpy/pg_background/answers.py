@@ -69,11 +69,13 @@ class Answers:
             self._receive(channel.link)
             if channel.job is not job or not job.running or channel.reads or channel.drains:
                 return False
-        ended = window.endswith(wire.READY_FOR_QUERY) or wire.hung_up(channel.connection)
-        answer = last_answer(window, job) if ended else None
+        ended = window.endswith(wire.READY_FOR_QUERY)
+        hung_up = wire.hung_up(channel.connection)
+        # Its session may have read a part of what a clean-up has answered: nothing is known before all is there.
+        answer = last_answer(window, job, whole=not hung_up) if ended or hung_up else None
         if answer is not None:
             self._jobs.end(job, self._outcome_of(job, answer), looked_at)
-        elif wire.hung_up(channel.connection):
+        elif hung_up:
             self._jobs.end(job, lost_connection(job), None)
         return False
 

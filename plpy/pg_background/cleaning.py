@@ -124,14 +124,17 @@ class Cleaning:
         return not self._answers_awaited or self._first_answer is not None
 
     def is_as_proven(self) -> bool:
-        """Whether all answers have come, and are those that have proved it before; finish() finds out about others."""
+        """Whether all answers have come, are those that have proved it before, and were the last that was heard of it.
+
+        finish() finds out about others.
+        """
         if self._reports or not (self._answers_awaited and self._proven_answer):
             return False
         received = self._first_answer or b""
         if len(received) < len(self._proven_answer):
             received += read_what_is_there(self._connection) or b""
             self._first_answer = received or None
-        if received != self._proven_answer:
+        if received != self._proven_answer or self._server.is_readable(self._connection.socket):
             return False
         self._answers_awaited, self._first_answer = 0, None
         return True
@@ -156,11 +159,12 @@ class Cleaning:
             all_read += received
             if all_read == self._proven_answer and not reports:
                 self._answers_awaited = 0
-                return True
+                return not self._server.is_readable(self._connection.socket)
             unread, answer = self._take_answers(unread + received, answer)
             if answer.error:
                 return False
-        clean = not unread and self._is_clean_answer(answer)
+        is_last = not unread and not self._server.is_readable(self._connection.socket)
+        clean = is_last and self._is_clean_answer(answer)
         reports = {**reports, **wire.reports_in(all_read)}
         self._proven_answer = all_read if clean and not reports else b""
         return clean and libpq_feed.has_heard(self._connection, reports)

@@ -13,7 +13,7 @@ from .cleaning import CleanUp
 from .control import Control
 from .errors import BackgroundError
 from .intake import Intake
-from .job import Job, new_key
+from .job import Job, State, new_key
 from .results import TypeStyles
 from .server import Server
 from .session import SURELY_WRITTEN_BYTES, WorkerSession
@@ -79,16 +79,13 @@ class Dispatch(Intake):
         """With its clean-up right behind it, where nothing is asked of the session in between."""
         self._direct = True
         if self.configuration.pool_size and self.job.has_clean_up_behind:
-            packet += self._clean_up_packet()
+            clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
+            if len(packet) + len(clean_up.packet) <= SURELY_WRITTEN_BYTES:  # the rest would wait for the job's end
+                self._clean_ups = clean_up.answers
+                packet += clean_up.packet
         # First, so that no progress of this job can reach the supervisor before it knows of the job.
         self._announce()
         self.session.write(packet, self._tell_writing)
-
-    def _clean_up_packet(self) -> bytes:
-        """What cleans the session when it is sent behind the job."""
-        clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
-        self._clean_ups = clean_up.answers
-        return clean_up.packet
 
     def _announce(self) -> None:
         """As tell_supervisor, with fewer steps where nothing is out of the ordinary."""
@@ -132,14 +129,11 @@ class Dispatch(Intake):
         self._touched |= len(encoded) + sum(map(len, filter(None, self.job.parameters or ()))) > SURELY_WRITTEN_BYTES
 
     def note_plain(self) -> None:
-        """The answer, which has been read to its end, was the same under all settings."""
-        if self._direct and self._usable and not self.job.seen.surprising:
-            self.job.seen.plain = True
+        """The answer, which has been read to its end, would have been the same under all settings; not if it failed."""
+        if self._direct and self.state is State.STOPPED and self.problem is None:
+            self.job.seen.plain = not self.job.seen.surprising
 
     def _let_libpq_take_over(self, received: bytes) -> bool:
-        if self._clean_ups:  # libpq may read into the answers of that
-            self._usable = self.job.seen.plain = False
-            self.job.seen.surprising = True
         connection = self.session.connection
         connection.notice_handler = self._take_notice
 
@@ -160,9 +154,10 @@ class Dispatch(Intake):
 
     def _submit(self) -> None:
         """The supervisor reads from the first byte on: the job's answer, and that of the clean-up behind it."""
-        packet = self.job.encoded(self._server) + self._clean_up_packet()
+        clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
+        self._clean_ups = clean_up.answers
         self._announce()
-        self.session.write(packet, self._tell_writing)
+        self.session.write(self.job.encoded(self._server) + clean_up.packet, self._tell_writing)
 
     def _tell_writing(self, writing: bool) -> None:
         """Were this session to end now, the supervisor would have to do the same with half a job's worker."""

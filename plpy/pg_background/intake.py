@@ -74,6 +74,7 @@ class Intake(ABC):
     _direct = False  # libpq knows nothing of the job
     _clean_ups = 0  # answers that follow the job's
     _unread = b""  # of what was read past libpq: an answer's start, or at the end what follows it
+    _keeps_rows = True  # those of the first statement, where it has become several
     _stays_direct = False
     _retakes = False  # while it was taken in, a query of this session failed
     _at_end = False  # nothing more will come
@@ -177,8 +178,10 @@ class Intake(ABC):
         kinds = [kind for kind, _ in messages]
         is_alone = end == len(self._unread) or self._clean_ups > 0
         is_small = is_alone and kinds[-1:] == [b"Z"] and _SMALL.issuperset(kinds)
-        no_rows_follow = b"E" in kinds or (self._clean_ups > 0 and b"T" not in kinds)
-        is_for_libpq = not (is_small or no_rows_follow or self._stays_direct)
+        if not is_small and self._clean_ups and b"D" in kinds:
+            self.job.seen.plain, self.job.seen.surprising = False, True
+        # It may read more than this answer, but nothing must follow that; after an error, nothing does that matters.
+        is_for_libpq = not (is_small or self._clean_ups or b"E" in kinds or self._stays_direct)
         if is_for_libpq and self._let_libpq_take_over(self._unread):
             self._direct, self._unread = False, b""
             return
@@ -193,7 +196,7 @@ class Intake(ABC):
             self._break_off(backend_died(self.pid))
 
     def _take_rows_directly(self, bodies: list[bytes]) -> None:
-        if self.columns and self.problem is None and not self.job.discards:
+        if self.columns and self.problem is None and self._keeps_rows and not self.job.discards:
             self._keep_rows([encode_values([wire.row_values(body) for body in bodies], self.columns)])
         self._unread = self._unread[sum(map(len, bodies)) + _MESSAGE_HEADER_BYTES * len(bodies) :]
 
@@ -203,7 +206,10 @@ class Intake(ABC):
             self._tags_seen += 1
             self._tags.append(body.rstrip(b"\0"))
         elif kind == b"T":
-            self.columns = self._columns_of(wire.row_description(body))
+            if self.columns is None:
+                self.columns = self._columns_of(wire.row_description(body))
+            else:
+                self._keeps_rows = False  # a rule has made more than one statement of the job's
         elif kind == b"E":
             self._fail(report_of_message(body, self._server, self.pid))
         elif kind == b"N":
@@ -212,10 +218,10 @@ class Intake(ABC):
             self._reports = {**self._reports, **wire.report(body)}
         elif kind in _COPY:
             self._refuse_copy()
-        self._unread = self._unread[_MESSAGE_HEADER_BYTES + len(body) :]
-        if kind == b"Z":
+        elif kind == b"Z":
             self._usable = self._usable and body == _IDLE
             self._end()
+        self._unread = self._unread[_MESSAGE_HEADER_BYTES + len(body) :]
 
     def _break_off(self, report: Report) -> None:
         """The job's answer does not come to its end."""

@@ -41,7 +41,7 @@ class Seen:
     """What was seen of a job when it was run before."""
 
     plain = False  # its answer was small, and its rows, if any, the same under all settings
-    surprising = False  # it was plain, and then was not small: that cost a session
+    surprising = False  # it was plain, and then was not small: libpq would have read that faster
 
 
 class Job(NamedTuple):

@@ -38,14 +38,23 @@ def outcome_of(job: Job, answer: wire.Answer, decode: Callable[[bytes], str]) ->
     return changes
 
 
-def last_answer(tail: bytes, job: Job) -> wire.Answer | None:
-    """The job's answer in the tail of a stream, with as many of the clean-up's behind it as have come."""
+def last_answer(tail: bytes, job: Job, *, whole: bool = False) -> wire.Answer | None:
+    """The job's answer in the tail of a stream, with the clean-up's behind it; None if it is not there.
+
+    whole: all of the clean-up's. Otherwise as many as have come, of which the first must be known by its tag: the
+    job's answer may have been read by somebody else.
+    """
     for groups_after in range(job.groups_after, -1, -1):
         answer = wire.last_answer(tail, groups_after, job.tags_after, job.tags_of_commit)
         if answer is not None:
-            is_clean_up = groups_after != job.groups_after and answer.tag == _CLEAN_UP_TAG
-            return None if is_clean_up else answer  # the job's is not there any more
+            may_be_part = not whole and _is_before_clean_up(tail, groups_after, answer)
+            return answer if groups_after == job.groups_after or may_be_part else None
     return None
+
+
+def _is_before_clean_up(tail: bytes, groups_after: int, answer: wire.Answer) -> bool:
+    behind = wire.last_answer(tail, groups_after - 1) if groups_after else None
+    return answer.tag != _CLEAN_UP_TAG and (not groups_after or (behind is not None and behind.tag == _CLEAN_UP_TAG))
 
 
 def timestamp() -> str:

@@ -49,3 +49,23 @@ def test_what_a_stream_ends_with_is_the_jobs_answer_or_none(come: int) -> None:
     assert answer is not None
     assert answer.tag == b"INSERT 0 7"
     assert last_answer(b"".join(_CLEAN_UP[:come]), job) is None
+
+
+_ASSIGNED = _message(b"C", b"SELECT 1\0") + _READY
+_WITH_SETTINGS = (_CLEAN_UP[0], _ASSIGNED, _CLEAN_UP[2])
+_FAILED = _message(b"E", b"SERROR\0C22012\0Mdivision by zero\0\0") + _READY
+
+
+@pytest.mark.parametrize("job_answer", [_JOB, _FAILED], ids=["well", "failed"])
+@pytest.mark.parametrize("taken", range(1, 4))
+@pytest.mark.parametrize("come", range(4))
+def test_a_clean_ups_answer_is_no_outcome_whatever_was_read_before(job_answer: bytes, taken: int, come: int) -> None:
+    """Where a session may have read a part, all of it must be there."""
+    job = Job({"state": "running"}, 0, 1, {"clean_ups": 3})
+    groups = (job_answer, *_WITH_SETTINGS)[: 1 + come]
+    whole = last_answer(b"".join(groups), job, whole=True)
+    assert (whole is not None) == (come == 3)
+    assert last_answer(b"".join(groups[taken:]), job, whole=True) is None
+    part = last_answer(b"".join(groups), job)
+    assert part is not None
+    assert (part.error is not None) == (job_answer is _FAILED)
