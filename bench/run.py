@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.costs import memory, the_supervisor, where_the_time_goes  # noqa: E402
+from bench.floor import step_by_step  # noqa: E402
 from examples.scratch import ScratchServer, scratch_server  # noqa: E402
 from tools.installing import find_server  # noqa: E402
 
@@ -525,7 +526,7 @@ def main() -> None:
             measurements.extend(groups[name](server, arguments.repeats))
         costs: list[str] = []
         if not arguments.groups:
-            for section in (where_the_time_goes, memory, the_supervisor):
+            for section in (step_by_step, where_the_time_goes, memory, the_supervisor):
                 costs += ["", *section(server)]
             print("\n".join(costs), flush=True)
     if not arguments.no_report and not arguments.groups:
