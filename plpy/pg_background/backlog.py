@@ -108,3 +108,6 @@ class Backlog:
         if not self._in_file:
             self.clear()
         return item
+
+
+NOTHING = Backlog()  # of a worker that has said nothing yet; nothing is ever put into it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import socket
 import time
 from collections import deque
@@ -59,6 +60,7 @@ class Control:
         self._requests = 0
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
+        self._news = select.poll()  # of the socket
         self._moved = False
         self._starting: Start | None = None
         self.connections = 0  # to a supervisor, so far
@@ -79,10 +81,9 @@ class Control:
     @property
     def is_quiet(self) -> bool:
         """Whether there is nothing to hear, and nothing that should have been told."""
-        connection = self._socket
-        if connection is None or self._moved or self._untold or self._words:
+        if self._socket is None or self._moved or self._untold or self._words:
             return False
-        return not self._server.is_ready(connection.fileno(), READABLE)
+        return not self._news.poll(0)
 
     @property
     def supervisor_pid(self) -> int:
@@ -97,6 +98,8 @@ class Control:
         connection = self._connection()
         self.leave_start()  # one that listens by now need not be waited for
         old, self._socket, self._moved = self._socket, connection, False
+        self._news = select.poll()
+        self._news.register(connection, select.POLLIN)
         self._words.clear()
         self.connections += 1
         try:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import Any
 
 from . import libpq_feed, messages, output_settings
-from .backlog import Backlog
 from .cleaning import CleanUp
 from .control import Control
 from .errors import BackgroundError
@@ -57,7 +56,6 @@ class Dispatch(Intake):
         self.key = new_key()
         self.cookie = 0 if v1 else self.key
         self.role_oid = session.role_oid
-        self.backlog = Backlog()
         self._tags = []
         self._launched_us = time.time_ns() // 1000
         self._started_ns = time.monotonic_ns()
@@ -78,7 +76,9 @@ class Dispatch(Intake):
     def _launch_directly(self, packet: bytes) -> None:
         """With its clean-up right behind it, where nothing is asked of the session in between."""
         self._direct = True
-        if self.configuration.pool_size and self.job.has_clean_up_behind:
+        job = self.job
+        # Nothing will be asked of its session between its answer and the clean-up, as far as can be known.
+        if (job.script.returns_no_rows or job.seen.plain) and self.configuration.pool_size:
             clean_up = self.session.cleaning.clean_up(self.configuration.pool_idle_timeout_ms)
             if len(packet) + len(clean_up.packet) <= SURELY_WRITTEN_BYTES:  # the rest would wait for the job's end
                 self._clean_ups = clean_up.answers
@@ -100,7 +100,7 @@ class Dispatch(Intake):
             session.process_start,
             configuration.history_ms,
             self._started_ns,
-            self._tags_of_commit,
+            None if self.job.parameters is not None else self._statements,
             self._clean_ups,
         )
         if not configuration.worker_timeout_ms and control.tell_at_once(packet, session):

@@ -6,13 +6,14 @@ is not small, libpq takes over.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from . import output_settings, wire
-from .backlog import Backlog, Item, Rows
+from .backlog import NOTHING, Backlog, Item, Rows
 from .errors import (
     FEATURE_NOT_SUPPORTED,
     BackgroundError,
@@ -21,7 +22,7 @@ from .errors import (
     report_of_system_call,
 )
 from .job import Job, State
-from .past_libpq import read_what_is_there
+from .past_libpq import AT_ONCE_BYTES
 from .results import Column, TypeStyles, encode_rows, encode_values, fields_of
 from .server import Server
 from .session import WorkerSession, report_of, report_of_message
@@ -54,13 +55,14 @@ class Intake(ABC):
     session: WorkerSession
     job: Job
     pid: int
-    backlog: Backlog
     _server: Server
     _styles: TypeStyles
     _tags: list[bytes]
 
     # What most jobs never change.
     state = State.RUNNING
+    backlog = NOTHING
+    lone_tag: str | None = None  # the text of a command tag that is the whole answer
     error: Report | None = None
     unreadable: Report | None = None  # why its rows cannot be returned, however well it went
     columns: tuple[Column, ...] | None = None
@@ -148,9 +150,12 @@ class Intake(ABC):
     def _pump_directly(self, limit: int) -> None:
         while self._direct and self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
             if not self._retakes:
-                received = read_what_is_there(self.session.connection)
-                if received is None:
+                try:
+                    received = os.read(self.session.connection.socket, AT_ONCE_BYTES)
+                except BlockingIOError:
                     return
+                except OSError:
+                    received = b""
                 self._touched = self._retakes = True
                 self._at_end = not received
                 self._unread += received
@@ -162,7 +167,8 @@ class Intake(ABC):
                 self._tags.append(tag)
                 self._tags_seen = 1
                 self._unread = self._unread[lone.end() :]
-                self._end_with(tag.decode("ascii"))
+                self.lone_tag = tag.decode("ascii")
+                self._end_with(self.lone_tag)
             self._retakes = False
 
     def _take_directly(self) -> None:
@@ -309,6 +315,8 @@ class Intake(ABC):
         """For who reads the result. Where there is no room for it the job goes on, and the reader gets an error."""
         if not self._keeps:
             return
+        if self.backlog is NOTHING:
+            self.backlog = Backlog()
         try:
             self.backlog.append(item, max(self.job.queue_size, _KEPT_BYTES))
         except OSError as error:

@@ -57,6 +57,7 @@ class Job(NamedTuple):
     packet: bytes | None  # the messages that run it; None where they are so long that they are made when they are sent
     told: str  # what the supervisor is told of it, whoever runs it
     seen: Seen
+    statements: int  # their number; the extended protocol takes one
 
     @classmethod
     def make(
@@ -72,28 +73,18 @@ class Job(NamedTuple):
     ) -> Job:
         """A job without parameters, that may be run any number of times."""
         told = messages.told_of_job(label, submitted, queue_size, sql[:PREVIEW_CHARACTERS])
-        job = cls(sql, script, queue_size, submitted, label, None, discards, None, told, Seen())
+        job = cls(sql, script, queue_size, submitted, label, None, discards, None, told, Seen(), script.statements)
         return job._encoded_if_short(server)
 
     def bound(self, server: Server, parameters: Parameters) -> Job:
         """The same job with these parameters."""
-        return self._replace(parameters=parameters, packet=None)._encoded_if_short(server)
+        return self._replace(parameters=parameters, packet=None, statements=1)._encoded_if_short(server)
 
     def _encoded_if_short(self, server: Server) -> Job:
         if len(self.sql) > AT_ONCE_BYTES:
             return self
         packet = self.encoded(server)
         return self._replace(packet=packet) if len(packet) <= AT_ONCE_BYTES else self
-
-    @property
-    def has_clean_up_behind(self) -> bool:
-        """Whether nothing will be asked of its session between its answer and the clean-up, as far as can be known."""
-        return self.script.returns_no_rows or self.seen.plain
-
-    @property
-    def statements(self) -> int:
-        """Their number; the extended protocol takes one."""
-        return self.script.statements if self.parameters is None else 1
 
     def encoded(self, server: Server) -> bytes:
         """The messages that run it, for a session whose answer libpq does not read."""

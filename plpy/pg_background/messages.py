@@ -164,14 +164,11 @@ def job_packet(
     clean_ups: int,
 ) -> bytes:
     """JOB as send() would send it, with no extras but clean_ups: most launches send that, and nothing is quicker."""
-    start, tags = _or_null(process_start), _or_null(tags_of_commit)
+    start = "null" if process_start is None else process_start
+    tags = "null" if tags_of_commit is None else tags_of_commit
     extras = f'{{"clean_ups":{clean_ups}}}' if clean_ups else "{}"
     announcement = f"{key},{pid},{cookie},{role_oid},{told},{launched_us},{start},{history_ms}"
     return f'["{JOB}",[{announcement}],{started_ns},{tags},{extras}]'.encode()
-
-
-def _or_null(number: int | None) -> int | str:
-    return "null" if number is None else number
 
 
 def finished_packet(key: int, tag: str, rows: int | None, ended_ns: int) -> bytes:

@@ -48,8 +48,15 @@ def last_answer(tail: bytes, job: Job, *, whole: bool = False) -> wire.Answer | 
         answer = wire.last_answer(tail, groups_after, job.tags_after, job.tags_of_commit)
         if answer is not None:
             may_be_part = not whole and _is_before_clean_up(tail, groups_after, answer)
-            return answer if groups_after == job.groups_after or may_be_part else None
+            is_jobs = groups_after == job.groups_after or may_be_part
+            return answer if is_jobs and _tells_the_end(answer, job) else None
     return None
+
+
+def _tells_the_end(answer: wire.Answer, job: Job) -> bool:
+    """Not where the stream breaks off behind some message before the commit."""
+    has_committed = job.tags_of_commit is not None and answer.tags >= job.tags_of_commit
+    return answer.complete or answer.error is not None or has_committed
 
 
 def _is_before_clean_up(tail: bytes, groups_after: int, answer: wire.Answer) -> bool:

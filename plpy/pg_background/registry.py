@@ -8,6 +8,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import messages
+from .backlog import NOTHING
 from .control import Control
 from .errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
@@ -255,10 +256,10 @@ class Registry:
 
         at_once: where no query can be run, and nothing be waited for.
         """
-        ended = worker.ended
+        ended = worker.state is not State.RUNNING
         may_be_cleaned = not ended and not at_once and self.sessions.has_room()
         clean_up = worker.clean_up_behind() if may_be_cleaned else None
-        if not worker.counted:
+        if ended and not worker.counted:
             self.count_end(worker)
         self.workers.pop(worker.pid, None)
         sql = worker.job.sql if len(worker.job.sql) <= _KEPT_SQL_CHARACTERS else None
@@ -267,7 +268,8 @@ class Registry:
             while len(self._let_go_unasked) > _REMEMBERED_HANDLES:
                 del self._let_go_unasked[next(iter(self._let_go_unasked))]
         self.released.append(Released(worker.pid, worker.cookie, worker.consumed, sql))
-        worker.backlog.clear()
+        if worker.backlog is not NOTHING:
+            worker.backlog.clear()
         if not ended:
             self.elsewhere[worker.key] = worker
             if at_once:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from psycopg.pq.abc import PGconn, PGresult
 
 SURELY_WRITTEN_BYTES = AT_ONCE_BYTES  # at once, to a worker at rest: what a unix socket holds is three times that
-_IDLE = 0  # TransactionStatus.IDLE
 _RESULT_OK = (1, 2)  # ExecStatus.COMMAND_OK, TUPLES_OK
 _CONNECTION_OK = 0  # ConnStatus.OK
 
@@ -219,11 +218,6 @@ class WorkerSession:
         role = self._server.role(self.role_oid)
         return role is not None and role.is_superuser
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether the connection lives and is outside of a transaction."""
-        return self.connection.transaction_status == _IDLE
-
     def has_room_for(self, clean_up: CleanUp) -> bool:
         """Whether its few kilobytes can be written at once."""
         return len(clean_up.packet) <= AT_ONCE_BYTES and self._server.is_ready(self.connection.socket, WRITABLE)
@@ -314,7 +308,10 @@ class WorkerSession:
 
     def write(self, packet: bytes, before_waiting: Callable[[bool], None]) -> None:
         """Send messages past libpq, which stays idle; before_waiting(True) when not all fits at once."""
-        sent = write_some(self.connection, packet, self.pid)
+        try:
+            sent = os.write(self.connection.socket, packet)
+        except OSError:
+            sent = write_some(self.connection, packet, self.pid)
         if sent == len(packet):
             return
         before_waiting(True)

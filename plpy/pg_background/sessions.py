@@ -288,7 +288,7 @@ class Sessions:
             self.end(session)
             raise
         else:
-            self._pool.put(session)
+            self._pool.idle.append(session)
 
     def await_clean_up(self, key: int, session: WorkerSession) -> None:
         """The supervisor has seen the end of this job, and will tell of the clean-up that follows it."""

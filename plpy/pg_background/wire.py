@@ -259,7 +259,9 @@ class _Backwards:
                 self._tags += kind == b"C"
                 self._empties += kind == b"I"
         if self._error is None:
-            self.enough = self._tags + self._empties > self._tags_after
+            # A group that breaks off has ended well only if its commit is among what has come.
+            breaks_off = self._is_cut == 1 and not self._ends and self._tags < self._tags_of_commit
+            self.enough = self._tags + self._empties > self._tags_after and not breaks_off
         else:
             interrupted = b"C57014\0" in self._error or b"C57P01\0" in self._error
             self.enough = not interrupted or self._tags >= self._tags_of_commit
@@ -312,9 +314,8 @@ def whole_messages(window: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
     return messages, position
 
 
-def lone_tag(window: bytes) -> re.Match[bytes] | None:
-    """Matches an answer that is nothing but a command tag, whose text is the first group; None for any other."""
-    return _LONE_TAG.match(window)
+# Matches an answer that is nothing but a command tag, whose text is the first group; None for any other.
+lone_tag = _LONE_TAG.match
 
 
 class Field(NamedTuple):

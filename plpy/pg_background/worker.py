@@ -25,6 +25,7 @@ from .messages import TERMINATED, TIMED_OUT
 from .server import READABLE
 
 _NO_LIMIT = 1 << 62
+_IDLE = 0  # TransactionStatus.IDLE
 _SOON_MS = 20  # most answers come in that time
 _INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
@@ -108,8 +109,8 @@ class Worker(Dispatch):
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
         if self._direct and self._server.is_ready(self.session.connection.socket, READABLE, _SOON_MS):
-            self.pump(self.job.queue_size)
-            if self.ended:
+            self._pump_directly(self.job.queue_size)
+            if self.state is not State.RUNNING:
                 return
         arrived = False
         with self._watch() as watch:
@@ -151,7 +152,8 @@ class Worker(Dispatch):
     def is_reusable(self) -> bool:
         """Whether the session can run another job: its connection lives, and no signal is on its way to it."""
         timed = self.configuration.worker_timeout_ms > 0 and self.state is State.ERROR
-        return self._usable and not self.signaled and not timed and self.session.is_idle
+        is_idle = self.session.connection.transaction_status == _IDLE
+        return self._usable and not self.signaled and not timed and is_idle
 
     def check_output_settings(self) -> None:
         """0A000 when a lone statement has changed settings on which its rows depend; once it has ended."""

@@ -69,3 +69,25 @@ def test_a_clean_ups_answer_is_no_outcome_whatever_was_read_before(job_answer: b
     part = last_answer(b"".join(groups), job)
     assert part is not None
     assert (part.error is not None) == (job_answer is _FAILED)
+
+
+_TYPES = _message(b"T", b"\0\1n\0" + struct.pack("!IhIhih", 0, 0, 23, 4, -1, 0))
+_ROW = _message(b"D", b"\0\1\0\0\0\1a")
+
+
+@pytest.mark.parametrize("groups_after", [0, 2])
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_a_stream_that_breaks_off_between_two_messages_tells_no_end(rows: int, groups_after: int) -> None:
+    """INSERT; SELECT; and the probe: with the third tag it has committed, whether the group's end has come or not."""
+    job = Job({"state": "running"}, 0, 3, {"probe": True, "clean_ups": groups_after})
+    inserted = _message(b"C", b"INSERT 0 1\0")
+    selected = _message(b"C", b"SELECT 1\0")
+    broken = inserted + _TYPES + _ROW * rows
+    assert last_answer(broken, job) is None
+    assert last_answer(broken + selected + _TYPES + _ROW, job) is None
+    committed = last_answer(broken + selected + _TYPES + _ROW + selected, job)
+    assert committed is not None
+    assert outcome_of(job, committed, bytes.decode)["command_tag"] == "SELECT 1"
+    terminated = last_answer(broken + _message(b"E", _TERMINATED), job)
+    assert terminated is not None
+    assert outcome_of(job, terminated, bytes.decode)["sqlstate"] == "57P01"
