@@ -26,6 +26,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from psycopg import sql
 
@@ -76,6 +77,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.register_profile("suite", deadline=None)  # the machine may be busy with the rest of it
+    hypothesis.settings.load_profile("suite")
     config.addinivalue_line("markers", "setups(*names): run the test once on each of these set-ups")
     config.addinivalue_line("markers", "local_server: needs a server started by the suite, on this machine")
     config.addinivalue_line("markers", "crashes_server: the test makes a backend crash on purpose")

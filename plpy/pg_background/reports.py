@@ -39,7 +39,7 @@ class Reports:
     def add(self, link: Link) -> None:
         """A worker is going to report."""
         self._reporters[link.pid] = link
-        self._sockets.resting.append(link)
+        self._sockets.rest_reporter(link)
 
     def remove(self, link: Link) -> None:
         """It has gone."""

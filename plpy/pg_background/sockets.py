@@ -11,8 +11,8 @@ from . import messages, wire
 from .supervised import Channel, Link
 
 # Reports of workers, and what sessions tell of launched jobs, are read so often: to wake this process for each would
-# cost the sender more than to send it.
-_REST_S = 0.01
+# cost the sender more than to send it. A worker that reports all the time must not fill its line meanwhile.
+_REPORTER_RESTS_S, _SESSION_RESTS_S = 0.002, 0.01
 
 
 class Sockets:
@@ -26,7 +26,8 @@ class Sockets:
         self.channel_of_fd: dict[int, Channel] = {}
         self.ready: deque[Channel] = deque()  # something may have arrived
         self.resting: list[Link] = []  # those that are not polled for a moment
-        self.wake_at = 0.0  # when they are again, of time.monotonic()
+        self._woken_at = 0.0  # when they were polled last, of time.monotonic()
+        self._rest_s = _SESSION_RESTS_S
 
     # --- links ---
 
@@ -70,9 +71,19 @@ class Sockets:
             self.resting.append(link)
         link.may_rest = False
 
+    def rest_reporter(self, link: Link) -> None:
+        """The same, for a worker that was just heard, and with it all others that rest."""
+        self._rest_s = _REPORTER_RESTS_S
+        self.resting.append(link)
+
+    @property
+    def wake_at(self) -> float:
+        """When those that rest are polled again, of time.monotonic()."""
+        return self._woken_at + self._rest_s
+
     def end_rest(self, now: float) -> None:
         """Reporters are heard once, then rest until the next time."""
-        self.wake_at = now + _REST_S
+        self._woken_at, self._rest_s = now, _SESSION_RESTS_S
         for link in self.resting:
             if not link.closed:
                 once = select.EPOLLONESHOT if link.reports else 0

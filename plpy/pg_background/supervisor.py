@@ -195,7 +195,7 @@ class Supervisor:
                 self._accept()
         for link in reporting:
             self._reports.hear(link)
-            self._sockets.resting.append(link)
+            self._sockets.rest_reporter(link)
         for descriptor, _ in events:
             channel = self._sockets.channel_of_fd.get(descriptor)
             if channel is not None:
