@@ -150,7 +150,16 @@ class Ledger:
                 self._never.append(job.number)
         problem = _problem(job, verdict)
         if problem:
-            self.complain(f"{problem}: {verdict} of {job}")
+            self.complain(f"{problem}: {verdict} of {job}\n{self._jobs_around(job)}")
+
+    def _jobs_around(self, job: Job) -> str:
+        """What is recorded of the jobs of the same backend, the last one first."""
+        rows = self._session.rows(
+            "SELECT launched_at, finished_at, cookie, state, command_tag, row_count, sqlstate, error_message,"
+            " sql_preview FROM pg_background_activity WHERE pid = %s ORDER BY launched_at DESC LIMIT 5",
+            (job.handle.pid,),
+        )
+        return "\n".join(map(str, rows))
 
     def close(self) -> None:
         """The last check, when nothing runs any more."""

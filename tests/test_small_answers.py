@@ -280,6 +280,24 @@ def test_a_query_that_was_small_may_return_many_rows_later(writer: Session) -> N
         assert run(writer, query, "n int") == [(0,)]
 
 
+def test_a_value_of_many_megabytes_takes_no_longer_than_through_libpq(writer: Session) -> None:
+    writer.execute("""
+        CREATE TABLE size AS SELECT 1 AS bytes;
+        CREATE FUNCTION big() RETURNS text LANGUAGE sql AS $$ SELECT repeat('x', bytes) FROM size $$
+    """)
+    for _ in range(3):
+        assert run(writer, "SELECT big()") == [("x",)]
+    writer.execute("UPDATE size SET bytes = 60000000")
+    seconds = []
+    for _ in range(2):  # with the clean-up behind it, and then through libpq
+        started = time.monotonic()
+        handle = launch(writer, "SELECT big()")
+        query = "SELECT length(r), r = repeat('x', 60000000) FROM pg_background_result_v2(%s, %s) AS t(r text)"
+        assert writer.rows(query, handle) == [(60_000_000, True)]
+        seconds.append(time.monotonic() - started)
+    assert seconds[0] < 3 * seconds[1] + 0.5
+
+
 @pytest.mark.parametrize("rows", [1, 20_000])
 def test_text_in_another_encoding_is_refused_however_much_it_is(writer: Session, rows: int) -> None:
     writer.execute("""  -- what it returns is text of UTF8, too, when it is written in LATIN1

@@ -77,6 +77,8 @@ class Intake(ABC):
     _clean_ups = 0  # answers that follow the job's
     _unread = b""  # of what was read past libpq: an answer's start, or at the end what follows it
     _keeps_rows = True  # those of the first statement, where it has become several
+    _parts: list[bytes]  # of a long message, where some is
+    _missing = 0  # bytes of it
     _stays_direct = False
     _retakes = False  # while it was taken in, a query of this session failed
     _at_end = False  # nothing more will come
@@ -150,14 +152,20 @@ class Intake(ABC):
     def _pump_directly(self, limit: int) -> None:
         while self._direct and self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
             if not self._retakes:
+                received: bytes | None
                 try:
                     received = os.read(self.session.connection.socket, AT_ONCE_BYTES)
                 except BlockingIOError:
                     return
                 except OSError:
                     received = b""
-                self._touched = self._retakes = True
+                self._touched = True
                 self._at_end = not received
+                if self._missing:
+                    received = self._with_parts(received)
+                    if received is None:
+                        continue
+                self._retakes = True
                 self._unread += received
             lone = wire.lone_tag(self._unread)
             if lone is None or self._reports or self.error is not None:
@@ -171,13 +179,22 @@ class Intake(ABC):
                 self._end_with(self.lone_tag)
             self._retakes = False
 
+    def _with_parts(self, received: bytes) -> bytes | None:
+        """All that was received since a long message began; None while more of it is to come."""
+        self._parts.append(received)
+        self._missing = max(0, self._missing - len(received))
+        if self._missing and not self._at_end:
+            return None
+        parts, self._parts, self._missing = self._parts, [], 0
+        return b"".join(parts)
+
     def _take_directly(self) -> None:
         """Take the messages that are there; their answer is a small one, or one that a clean-up's follow.
 
         All others are left to libpq, unless no descriptor is left for that.
         """
         try:
-            messages, end = wire.whole_messages(self._unread)
+            messages, end, missing = wire.whole_messages(self._unread)
         except ValueError as error:
             self._break_off(backend_died(self.pid, str(error)))
             return
@@ -192,6 +209,7 @@ class Intake(ABC):
             self._direct, self._unread = False, b""
             return
         self._stays_direct = True  # libpq would not know what the first messages said
+        self._missing, self._parts = missing, []
         for are_rows, group in groupby(messages, _is_row):
             if are_rows:
                 self._take_rows_directly([body for _, body in group])

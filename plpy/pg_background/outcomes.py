@@ -47,7 +47,7 @@ def last_answer(tail: bytes, job: Job, *, whole: bool = False) -> wire.Answer | 
     for groups_after in range(job.groups_after, -1, -1):
         answer = wire.last_answer(tail, groups_after, job.tags_after, job.tags_of_commit)
         if answer is not None:
-            may_be_part = not whole and _is_before_clean_up(tail, groups_after, answer)
+            may_be_part = not whole and _is_before_clean_up(tail, groups_after, answer, job)
             is_jobs = groups_after == job.groups_after or may_be_part
             return answer if is_jobs and _tells_the_end(answer, job) else None
     return None
@@ -59,9 +59,15 @@ def _tells_the_end(answer: wire.Answer, job: Job) -> bool:
     return answer.complete or answer.error is not None or has_committed
 
 
-def _is_before_clean_up(tail: bytes, groups_after: int, answer: wire.Answer) -> bool:
-    behind = wire.last_answer(tail, groups_after - 1) if groups_after else None
-    return answer.tag != _CLEAN_UP_TAG and (not groups_after or (behind is not None and behind.tag == _CLEAN_UP_TAG))
+def _is_before_clean_up(tail: bytes, groups_after: int, answer: wire.Answer, job: Job) -> bool:
+    """Whether an answer is no part of a clean-up itself, as far as can be seen."""
+    if answer.tag == _CLEAN_UP_TAG:
+        return False
+    if groups_after:
+        behind = wire.last_answer(tail, groups_after - 1)
+        return behind is not None and behind.tag == _CLEAN_UP_TAG
+    was_empty = answer.tag is None and answer.row is None
+    return answer.error is not None or was_empty or answer.tags > job.tags_after
 
 
 def timestamp() -> str:

@@ -354,6 +354,7 @@ class Supervisor:
 
     def _on_moved_on(self, link: Link) -> None:
         """The session waits for the end of this link: only then does its new supervisor touch the workers."""
+        self._answers.end_drained()
         self._ledger.flush()
         link.moved_on = True
         self._close_link(link)

@@ -293,25 +293,26 @@ def _messages(tail: bytes, position: int, end: int | None = None) -> list[tuple[
     return messages
 
 
-def whole_messages(window: bytes) -> tuple[list[tuple[bytes, bytes]], int]:
+def whole_messages(window: bytes) -> tuple[list[tuple[bytes, bytes]], int, int]:
     """The messages of a group that stand whole in a window, which starts at one, and where the next would start.
 
-    ValueError for what is no message.
+    Also how many bytes that one lacks, as far as can be told. ValueError for what is no message.
     """
     messages = []
-    position, end = 0, len(window)
+    position, end, missing = 0, len(window), 0
     while end - position >= _HEADER.size:
         kind, length = _HEADER.unpack_from(window, position)
         if kind not in _TYPES or not 4 <= length <= _MAX_MESSAGE:
             raise ValueError(f"no message starts with {window[position : position + _HEADER.size]!r}")
         following = position + 1 + length
         if following > end:
+            missing = following - end
             break
         messages.append((kind, window[position + 5 : following]))
         position = following
         if kind == b"Z":
             break
-    return messages, position
+    return messages, position, missing
 
 
 # Matches an answer that is nothing but a command tag, whose text is the first group; None for any other.

@@ -91,3 +91,11 @@ def test_a_stream_that_breaks_off_between_two_messages_tells_no_end(rows: int, g
     terminated = last_answer(broken + _message(b"E", _TERMINATED), job)
     assert terminated is not None
     assert outcome_of(job, terminated, bytes.decode)["sqlstate"] == "57P01"
+
+
+@pytest.mark.parametrize("probe", [False, True])
+def test_what_a_clean_up_has_proved_is_no_outcome(probe: bool) -> None:
+    """Where somebody else has read all before it."""
+    job = Job({"state": "running"}, 0, 3 if probe else 1, {"probe": probe, "clean_ups": 2})
+    assert last_answer(_CLEAN_UP[2], job) is None
+    assert last_answer(_message(b"I", b"") + _READY + _CLEAN_UP[0] + _CLEAN_UP[2], job) is not None

@@ -222,12 +222,14 @@ def test_whole_messages_are_those_that_have_come_to_their_ends(
     sent = [*sent, (b"Z", b"I"), (b"C", b"DISCARD ALL\0")]
     stream = b"".join(message(kind, body) for kind, body in sent)
     come = data.draw(st.integers(0, len(stream)))
-    messages, end = wire.whole_messages(stream[:come])
+    messages, end, missing = wire.whole_messages(stream[:come])
     assert messages == sent[: len(messages)]
     assert end == sum(5 + len(body) for _, body in messages)
     group = sent[: sent.index((b"Z", b"I")) + 1]
     whole = [count for count in range(len(group) + 1) if sum(5 + len(body) for _, body in group[:count]) <= come]
     assert len(messages) == whole[-1]
+    begun = come - end >= 5 and messages[-1:] != [(b"Z", b"I")]
+    assert missing == (5 + len(sent[len(messages)][1]) - (come - end) if begun else 0)
 
 
 @pytest.mark.parametrize("garbage", [b"?\0\0\0\4", b"C\0\0\0\3", b"D\xff\xff\xff\xff"])
