@@ -179,14 +179,16 @@ class Dispatch(Intake):
         self.detached = True
         if self.job.submitted:
             return
-        is_queued = self._clean_ups > 0
+        queued = self._clean_ups
+        if clean_up is not None:  # first, so that another supervisor that is told of the job by this knows of it
+            self._clean_ups = clean_up.answers
         try:
             self._control.tell([messages.DETACH, self.pid, clean_up.answers if clean_up is not None else 0])
         except BaseException:  # a cancel
+            self._clean_ups = queued
             self.abandon()
             raise
-        if clean_up is not None and not is_queued:
-            self._clean_ups = clean_up.answers
+        if clean_up is not None and not queued:
             with suppress(BackgroundError):  # the backend has died: the supervisor sees that too
                 self.session.queue_clean_up(clean_up, libpq_waits=not self._direct)
 
