@@ -308,10 +308,7 @@ class WorkerSession:
 
     def write(self, packet: bytes, before_waiting: Callable[[bool], None]) -> None:
         """Send messages past libpq, which stays idle; before_waiting(True) when not all fits at once."""
-        try:
-            sent = os.write(self.connection.socket, packet)
-        except OSError:
-            sent = write_some(self.connection, packet, self.pid)
+        sent = write_some(self.connection, packet, self.pid)
         if sent == len(packet):
             return
         before_waiting(True)
