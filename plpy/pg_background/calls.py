@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Callable, TypeVar
 
 from . import lexer, messages, output_settings, settings
-from .backlog import NOTHING, Backlog, Rows
+from .backlog import Rows
 from .deadlock import Watch
 from .errors import (
     FEATURE_NOT_SUPPORTED,
@@ -186,10 +186,7 @@ class Runtime:
         """
         quick_until = time.monotonic() + _QUICK_S
         worker = self.opened(pid, cookie)
-        if worker.lone_tag is not None:
-            reply = "=" + worker.lone_tag
-        else:
-            reply = tags_of(worker) or self._plain_column(worker) or self.rows_query(worker)
+        reply = tags_of(worker) or self._plain_column(worker) or self.rows_query(worker)
         return reply if time.monotonic() < quick_until else "+" + reply
 
     def opened(self, pid: int, cookie: int | None) -> Worker:
@@ -206,8 +203,6 @@ class Runtime:
                 UNDEFINED_OBJECT, f"the results of the background worker with PID {pid} are being read"
             )
         worker.wait_for_rows()
-        if worker.lone_tag is not None and worker.problem is None:
-            return worker
         unreadable = worker.problem is not None and not (worker.columns and worker.backlog)
         if unreadable:
             worker.wait(None)
@@ -327,16 +322,12 @@ class Runtime:
         if worker.job.script.names_no_table and not worker.dependence.settings:
             worker.note_plain()
         try:
-            if worker.backlog is not NOTHING:
-                self._relay_notices(worker.backlog)
+            while worker.backlog:
+                item = worker.backlog.popleft()
+                if isinstance(item, Report):
+                    self._server.relay(item)
         finally:  # to relay is to let a cancel through
             self._registry.release(worker)
-
-    def _relay_notices(self, backlog: Backlog) -> None:
-        while backlog:
-            item = backlog.popleft()
-            if isinstance(item, Report):
-                self._server.relay(item)
 
     # --- waiting and letting go ---
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import select
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -55,8 +54,6 @@ class Cleaning:
         self._server = server
         self._connection = connection
         self._pid = connection.backend_pid
-        self._news = select.poll()
-        self._news.register(connection.socket, select.POLLIN)
         self.proof = proof
         self._proof_oid = proof_oid
         self.hidden_settings = 0  # how many placeholders that function counts at least
@@ -137,10 +134,14 @@ class Cleaning:
         if len(received) < len(self._proven_answer):
             received += read_what_is_there(self._connection) or b""
             self._first_answer = received or None
-        if received != self._proven_answer or self._news.poll(0):
+        if received != self._proven_answer or self._says_more():
             return False
         self._answers_awaited, self._first_answer = 0, None
         return True
+
+    def _says_more(self) -> bool:
+        """Whether anything lies unread, or the connection has ended."""
+        return self._server.is_readable(self._connection.socket)
 
     def finish(self) -> bool:
         """Whether the session may be used again. Seldom waits: the answers have come long ago.
@@ -150,7 +151,7 @@ class Cleaning:
         """
         deadline = time.monotonic() + _CLEAN_UP_S
         if not self._answers_awaited:
-            return not self._news.poll(0)
+            return not self._says_more()
         all_read, unread, answer = b"", b"", wire.Answer()
         reports, self._reports = self._reports, {}
         while self._answers_awaited:
@@ -162,11 +163,11 @@ class Cleaning:
             all_read += received
             if all_read == self._proven_answer and not reports:
                 self._answers_awaited = 0
-                return not self._news.poll(0)
+                return not self._says_more()
             unread, answer = self._take_answers(unread + received, answer)
             if answer.error:
                 return False
-        is_last = not unread and not self._news.poll(0)
+        is_last = not unread and not self._says_more()
         clean = is_last and self._is_clean_answer(answer)
         reports = {**reports, **wire.reports_in(all_read)}
         self._proven_answer = all_read if clean and not reports else b""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import select
 import socket
 import time
 from collections import deque
@@ -60,7 +59,6 @@ class Control:
         self._requests = 0
         self._replies: dict[int, Any] = {}
         self._awaited: set[int] = set()  # requests
-        self._news = select.poll()  # of the socket
         self._moved = False
         self._starting: Start | None = None
         self.connections = 0  # to a supervisor, so far
@@ -74,16 +72,11 @@ class Control:
         return None if self._socket is None else self._socket.fileno()
 
     @property
-    def is_connected(self) -> bool:
-        """Whether ensure() would have nothing to do, as far as was heard."""
-        return self._socket is not None and not self._moved
-
-    @property
     def is_quiet(self) -> bool:
         """Whether there is nothing to hear, and nothing that should have been told."""
         if self._socket is None or self._moved or self._untold or self._words:
             return False
-        return not self._news.poll(0)
+        return not self._server.is_readable(self._socket.fileno())
 
     @property
     def supervisor_pid(self) -> int:
@@ -93,13 +86,11 @@ class Control:
 
     def ensure(self) -> None:
         """Connect to the database's supervisor, which this starts where there is none."""
-        if self.is_connected:
+        if self._socket is not None and not self._moved:
             return
         connection = self._connection()
         self.leave_start()  # one that listens by now need not be waited for
         old, self._socket, self._moved = self._socket, connection, False
-        self._news = select.poll()
-        self._news.register(connection, select.POLLIN)
         self._words.clear()
         self.connections += 1
         try:
@@ -153,15 +144,13 @@ class Control:
         files: descriptors that go with it, behind that.
         """
         while True:
-            if not self.is_connected:
-                self.ensure()
+            self.ensure()
             if about is not None and about.closed:
                 raise SessionLeftError
             assert self._socket is not None
             unknown = about is not None and about.known_to_supervisor != self.connections
             try:
-                if self._untold or self._words:
-                    self._send_late()
+                self._send_late()
                 sockets = (about.connection.socket,) if about is not None and unknown else ()
                 messages.send(self._socket, message, *sockets, *files)
             except BlockingIOError:

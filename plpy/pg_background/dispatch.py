@@ -100,7 +100,7 @@ class Dispatch(Intake):
             session.process_start,
             configuration.history_ms,
             self._started_ns,
-            None if self.job.parameters is not None else self._statements,
+            self._tags_of_commit,
             self._clean_ups,
         )
         if not configuration.worker_timeout_ms and control.tell_at_once(packet, session):

@@ -6,7 +6,6 @@ is not small, libpq takes over.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -22,7 +21,7 @@ from .errors import (
     report_of_system_call,
 )
 from .job import Job, State
-from .past_libpq import AT_ONCE_BYTES
+from .past_libpq import read_what_is_there
 from .results import Column, TypeStyles, encode_rows, encode_values, fields_of
 from .server import Server
 from .session import WorkerSession, report_of, report_of_message
@@ -62,7 +61,6 @@ class Intake(ABC):
     # What most jobs never change.
     state = State.RUNNING
     backlog = NOTHING
-    lone_tag: str | None = None  # the text of a command tag that is the whole answer
     error: Report | None = None
     unreadable: Report | None = None  # why its rows cannot be returned, however well it went
     columns: tuple[Column, ...] | None = None
@@ -112,8 +110,6 @@ class Intake(ABC):
         """Those of a job that has ended well and returned no rows, one a line."""
         if self.state is not State.STOPPED or self.columns is not None:
             return None
-        if len(self._tags) == 1:
-            return self._server.decode(self._tags[0])
         return "\n".join(map(self._server.decode, self._tags))
 
     def pump(self, limit: int, *, arrived: bool = False) -> None:
@@ -152,13 +148,9 @@ class Intake(ABC):
     def _pump_directly(self, limit: int) -> None:
         while self._direct and self.state is State.RUNNING and self.backlog.bytes_in_memory < limit:
             if not self._retakes:
-                received: bytes | None
-                try:
-                    received = os.read(self.session.connection.socket, AT_ONCE_BYTES)
-                except BlockingIOError:
+                received = read_what_is_there(self.session.connection)
+                if received is None:
                     return
-                except OSError:
-                    received = b""
                 self._touched = True
                 self._at_end = not received
                 if self._missing:
@@ -175,8 +167,7 @@ class Intake(ABC):
                 self._tags.append(tag)
                 self._tags_seen = 1
                 self._unread = self._unread[lone.end() :]
-                self.lone_tag = tag.decode("ascii")
-                self._end_with(self.lone_tag)
+                self._end_with(tag.decode("ascii"))
             self._retakes = False
 
     def _with_parts(self, received: bytes) -> bytes | None:

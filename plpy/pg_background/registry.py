@@ -8,7 +8,6 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from . import messages
-from .backlog import NOTHING
 from .control import Control
 from .errors import (
     CONFIGURATION_LIMIT_EXCEEDED,
@@ -268,8 +267,7 @@ class Registry:
             while len(self._let_go_unasked) > _REMEMBERED_HANDLES:
                 del self._let_go_unasked[next(iter(self._let_go_unasked))]
         self.released.append(Released(worker.pid, worker.cookie, worker.consumed, sql))
-        if worker.backlog is not NOTHING:
-            worker.backlog.clear()
+        worker.backlog.clear()
         if not ended:
             self.elsewhere[worker.key] = worker
             if at_once:

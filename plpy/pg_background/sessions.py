@@ -276,7 +276,7 @@ class Sessions:
     def take_back(self, worker: Worker) -> None:
         """Clean a session whose job was read to its end, and keep it, or end it."""
         session = worker.session
-        if not (worker.is_reusable and (len(self._pool.idle) < self._pool_size or self._has_room_for(session))):
+        if not worker.is_reusable or not self._has_room_for(session):
             self.end(session)
             return
         try:
@@ -288,7 +288,7 @@ class Sessions:
             self.end(session)
             raise
         else:
-            self._pool.idle.append(session)
+            self._pool.put(session)
 
     def await_clean_up(self, key: int, session: WorkerSession) -> None:
         """The supervisor has seen the end of this job, and will tell of the clean-up that follows it."""
