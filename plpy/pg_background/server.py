@@ -17,6 +17,7 @@ from typing import Any, Callable, NamedTuple
 
 from .bootstrap import members
 from .errors import INTERNAL_ERROR, OBJECT_NAMES, UNDEFINED_OBJECT, BackgroundError, Report
+from .spin import Spin
 
 _SIZE_BYTES = ctypes.sizeof(ctypes.c_size_t)
 
@@ -27,6 +28,8 @@ _SLICE_MS = 100
 _NO_TEXT = ("22021", "22P05")
 
 _ACCESSED_TEMPORARY_NAMESPACE = 1  # XACT_FLAGS_ACCESSEDTEMPNAMESPACE
+
+_SOON_MS = 20  # most answers come in that time
 
 READABLE = select.POLLIN
 WRITABLE = select.POLLOUT
@@ -70,6 +73,7 @@ class Server:
         self._postmaster_pid = ctypes.c_int.in_dll(backend, "PostmasterPid").value
         self._poll = ctypes.CDLL(None).poll
         self._poll.argtypes = (ctypes.c_void_p, ctypes.c_ulong, ctypes.c_int)
+        self._spin = Spin()
         self._poll_arrays = [(_PollDescriptor * count)() for count in range(4)]
         self.database_oid = ctypes.c_uint32.in_dll(backend, "MyDatabaseId").value
         self._plans: dict[str, Any] = {}
@@ -287,6 +291,10 @@ class Server:
         polled = self._poll_arrays[1]
         polled[0].fd, polled[0].events = descriptor, events
         return bool(self._poll(polled, 1, within_ms) > 0)
+
+    def is_readable_soon(self, descriptor: int, within_ms: int = _SOON_MS) -> bool:
+        """Whether something has arrived, or does in a moment; a little longer, and interrupts would have to wait."""
+        return self._spin.until(lambda: self.is_readable(descriptor)) or self.is_ready(descriptor, READABLE, within_ms)
 
     def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:
         """Wait until something has arrived; False at the deadline (time.monotonic()). Handles interrupts meanwhile."""

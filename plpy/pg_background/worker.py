@@ -26,7 +26,6 @@ from .server import READABLE
 
 _NO_LIMIT = 1 << 62
 _IDLE = 0  # TransactionStatus.IDLE
-_SOON_MS = 20  # most answers come in that time
 _INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
 
@@ -64,6 +63,8 @@ class Worker(Dispatch):
     def wait(self, deadline: float | None) -> bool:
         """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
         self.advance()
+        if self._direct and not self.ended and self._server.is_readable_soon(self.session.connection.socket, 0):
+            self.advance()
         if deadline is None and not self.ended:
             self._wait_without_limit()
         while not self.ended:
@@ -108,7 +109,7 @@ class Worker(Dispatch):
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
-        if self._direct and self._server.is_ready(self.session.connection.socket, READABLE, _SOON_MS):
+        if self._direct and self._server.is_readable_soon(self.session.connection.socket):
             self._pump_directly(self.job.queue_size)
             if self.state is not State.RUNNING:
                 return
