@@ -14,6 +14,7 @@ had set it than did.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ _DIGITS = b"extra_float_digits"
 _PRIVILEGED = ("superuser", "backend", "superuser-backend")
 _SETTABLE = ("user", *_PRIVILEGED)
 
+_NOT_ALPHANUMERIC = re.compile(rb"[^0-9A-Za-z]")
 # The server refuses startup packets of more than 10,000 bytes.
 _STARTUP_BYTES = 9000
 # Of set_config() in one SELECT, which may have 1,664 columns.
@@ -322,8 +324,7 @@ def startup_options(options: dict[bytes, bytes]) -> bytes:
     """The connection parameter `options`: a backslash before all that the server's locale may take for a space."""
     words = []
     for name, value in options.items():
-        escaped = (b"\\" + _byte(b) if not _byte(b).isalnum() else _byte(b) for b in value)
-        words.append(b"-c " + name + b"=" + b"".join(escaped))
+        words.append(b"-c " + name + b"=" + _NOT_ALPHANUMERIC.sub(rb"\\\g<0>", value))
     joined = b" ".join(words)
     if len(joined) > _STARTUP_BYTES:
         raise background_error(
@@ -333,7 +334,3 @@ def startup_options(options: dict[bytes, bytes]) -> bytes:
             hint="Shorten the longest of the settings that only superusers may change.",
         )
     return joined
-
-
-def _byte(code: int) -> bytes:
-    return bytes((code,))
