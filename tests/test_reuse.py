@@ -295,6 +295,19 @@ def test_an_idle_session_ends_after_pool_idle_timeout(alice: Session, conn: Sess
     assert worker_pid(alice) != pid
 
 
+def test_sessions_that_are_not_needed_any_more_end_while_another_is_used(alice: Session, conn: Session) -> None:
+    alice.execute("SET pg_background.pool_size = 4")
+    alice.execute("SET pg_background.pool_idle_timeout = '1s'")
+    handles = [launch(alice, PID) for _ in range(4)]
+    kept = {int(result(alice, handle, "pid int")[0][0]) for handle in handles}
+    assert len(kept) == 4
+
+    def only_one_is_left() -> bool:
+        return worker_pid(alice) in kept and sum(not is_gone(conn, pid) for pid in kept) == 1
+
+    wait_until(only_one_is_left)
+
+
 def test_rows_can_be_read_after_their_session_has_ended_for_being_idle(alice: Session, conn: Session) -> None:
     alice.execute("SET pg_background.pool_idle_timeout = '200ms'")
     pid = worker_pid(alice)

@@ -11,7 +11,7 @@ from .session import WorkerSession
 
 
 class Pool:
-    """Idle sessions, the one that was given back first at the front: its clean-up is done by now."""
+    """Idle sessions, the one that was given back first at the front: its clean-up is done for certain, by now."""
 
     def __init__(self, server: Server) -> None:
         self._server = server

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 # A launch that waits for a connection of the server has no event to wait for: others' sessions give it back.
 _SLOT_RETRY_S = 0.05
 _CLEAN_UP_S = 0.05
-_WAITS_FOR_ANOTHER = 50
 _LEFT_BY_SPARES = 10  # connections
 _IN_A_ROW_S = 0.25  # a session that is started so soon after another is not the last one
 
@@ -42,7 +41,6 @@ class Sessions:
         self._being_cleaned: dict[int, WorkerSession] = {}  # until the supervisor tells, by the key of the job before
         self._spare: WorkerSession | None = None  # begun ahead
         self._pool_size = 0  # at the latest launch
-        self._waits_for_clean_up = 0
         self._new_at = 0.0  # of time.monotonic(): the latest new one
 
     # --- for a job ---
@@ -55,18 +53,26 @@ class Sessions:
         self._pool_size = configuration.pool_size
 
     def ready(self, configuration: Configuration) -> WorkerSession | None:
-        """As get, where the session that comes next needs nothing: it is clean, and has these settings."""
-        if not self._pool.idle or configuration.pool_size != self._pool_size:
+        """As get, where a session needs nothing: it is clean, and has these settings.
+
+        The one that was used last is still in the processor's caches, and those that are not needed come to their
+        pool_idle_timeout. While it is being cleaned, the one that has been idle longest takes its place.
+        """
+        idle = self._pool.idle
+        if not idle or configuration.pool_size != self._pool_size:
             return None
-        session = self._pool.idle[0]
-        is_ready = (
+        if self._needs_nothing(idle[-1], configuration):
+            return idle.pop()
+        return idle.popleft() if len(idle) > 1 and self._needs_nothing(idle[0], configuration) else None
+
+    def _needs_nothing(self, session: WorkerSession, configuration: Configuration) -> bool:
+        return (
             session.role_oid == self._server.caller()
             and session.guc_state == configuration.guc_state
             and session.pid not in self._registry.workers
             and not session.is_superuser
             and session.cleaning.is_as_proven()
         )
-        return self._pool.idle.popleft() if is_ready else None
 
     def get(self, configuration: Configuration, deadline: float) -> WorkerSession:
         """A session of the caller's role, with the caller's settings: a kept one, or a new one.
@@ -77,7 +83,7 @@ class Sessions:
         if configuration.pool_size:
             while True:
                 session = self._kept(role_oid, configuration)
-                if session is None or self._wants_another(session, configuration):
+                if session is None:
                     break
                 if self._is_ready(session):
                     return self._renew(session, guc_state)
@@ -137,19 +143,6 @@ class Sessions:
             if descriptor is None or not self._server.wait_for_one(descriptor, deadline):
                 return False
             self._control.hear()
-        return True
-
-    def _wants_another(self, session: WorkerSession, configuration: Configuration) -> bool:
-        """Whether to start a second session for jobs in turn: while one is cleaned, the other runs.
-
-        True for a session that keeps its launcher waiting for its clean-up, once in so many times; it goes back.
-        """
-        if configuration.pool_size <= len(self._pool.idle) + 1 or session.cleaning.is_done:
-            return False
-        self._waits_for_clean_up += 1
-        if self._waits_for_clean_up % _WAITS_FOR_ANOTHER:
-            return False
-        self._pool.put(session)
         return True
 
     def _is_ready(self, session: WorkerSession) -> bool:
