@@ -295,17 +295,27 @@ def test_an_idle_session_ends_after_pool_idle_timeout(alice: Session, conn: Sess
     assert worker_pid(alice) != pid
 
 
-def test_sessions_that_are_not_needed_any_more_end_while_another_is_used(alice: Session, conn: Session) -> None:
-    alice.execute("SET pg_background.pool_size = 4")
-    alice.execute("SET pg_background.pool_idle_timeout = '1s'")
-    handles = [launch(alice, PID) for _ in range(4)]
-    kept = {int(result(alice, handle, "pid int")[0][0]) for handle in handles}
+@pytest.mark.parametrize("launcher", ["ordinary", "superuser", "with a job after a commit"])
+def test_sessions_that_are_not_needed_any_more_end_while_another_is_used(
+    alice: Session, connect: Callable[..., Session], conn: Session, launcher: str
+) -> None:
+    session = connect() if launcher == "superuser" else alice
+    if launcher == "with a job after a commit":
+        query = "SELECT pid, cookie FROM pg_background_submit_on_commit_v2('SELECT 1')"
+        wait(session, Handle(*session.rows(query)[0]))
+    session.execute("SET pg_background.pool_size = 4")
+    session.execute("SET pg_background.pool_idle_timeout = '1s'")
+    handles = [launch(session, PID) for _ in range(4)]
+    kept = {int(result(session, handle, "pid int")[0][0]) for handle in handles}
     assert len(kept) == 4
+    most = descriptors(session.pid)
 
     def only_one_is_left() -> bool:
-        return worker_pid(alice) in kept and sum(not is_gone(conn, pid) for pid in kept) == 1
+        return worker_pid(session) in kept and sum(not is_gone(conn, pid) for pid in kept) == 1
 
     wait_until(only_one_is_left)
+    # Their launcher closes its ends, one with each job.
+    wait_until(lambda: worker_pid(session) in kept and descriptors(session.pid) == most - 3, what="three closed")
 
 
 def test_rows_can_be_read_after_their_session_has_ended_for_being_idle(alice: Session, conn: Session) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Container
 
 from .inheritance import Inheritance
-from .server import Server
 from .session import WorkerSession
 
 
 class Pool:
-    """Idle sessions, the one that was given back first at the front: its clean-up is done for certain, by now."""
+    """Idle sessions, the one that was given back first at the front."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self) -> None:
         self.idle: deque[WorkerSession] = deque()
 
     def has_room(self, size: int) -> bool:
@@ -23,6 +22,7 @@ class Pool:
 
     def put(self, session: WorkerSession) -> None:
         """Keep a session whose clean-up has been sent."""
+        session.idle_since = time.monotonic()
         self.idle.append(session)
 
     def take(
@@ -30,20 +30,18 @@ class Pool:
     ) -> WorkerSession | None:
         """A session of the role that can take these settings on; the caller finishes its clean-up.
 
-        taken_pids: a worker is known by its pid as long as it is tracked, so that no other may have the same.
+        The one that was used last, so that those that are not needed come to their end; one that has these settings
+        goes first, and one that has been cleaned. taken_pids: a worker is known by its pid as long as it is tracked,
+        so that no other may have the same.
         """
-        fitting: WorkerSession | None = None
-        for session in self.idle:
-            if session.role_oid != role_oid or session.pid in taken_pids:
-                continue
-            if session.guc_state == guc_state:
-                fitting = session
-                break
-            if fitting is None and inheritance.fits(guc_state, session.inherited):
-                fitting = session
-        if fitting is not None:
-            self.idle.remove(fitting)
-        return fitting
+        its_own = [session for session in self.idle if session.role_oid == role_oid and session.pid not in taken_pids]
+        alike = [session for session in its_own if session.guc_state == guc_state]
+        fitting = alike or [session for session in its_own if inheritance.fits(guc_state, session.inherited)]
+        if not fitting:
+            return None
+        chosen = next((session for session in reversed(fitting) if session.cleaning.is_done), fitting[0])
+        self.idle.remove(chosen)
+        return chosen
 
     def take_of_another_role(self, role_oid: int) -> WorkerSession | None:
         """The session that has been idle longest among those of other roles; the caller ends it."""
@@ -60,6 +58,13 @@ class Pool:
                 self.idle.remove(session)
                 return session
         return None
+
+    def drop_ended(self, idle_timeout_ms: int) -> WorkerSession | None:
+        """Give up the one that has been idle longest, if it has ended itself for that; the caller closes it."""
+        longest = self.idle[0] if self.idle and idle_timeout_ms else None
+        if longest is None or (time.monotonic() - longest.idle_since) * 1000 <= idle_timeout_ms:
+            return None
+        return self.idle.popleft()
 
     def drop_beyond(self, size: int) -> list[WorkerSession]:
         """Give up all but so many, those first that have been idle longest; the caller ends them."""

@@ -292,9 +292,15 @@ class Server:
         polled[0].fd, polled[0].events = descriptor, events
         return bool(self._poll(polled, 1, within_ms) > 0)
 
-    def is_readable_soon(self, descriptor: int, within_ms: int = _SOON_MS) -> bool:
-        """Whether something has arrived, or does in a moment; a little longer, and interrupts would have to wait."""
-        return self._spin.until(lambda: self.is_readable(descriptor)) or self.is_ready(descriptor, READABLE, within_ms)
+    def spin_until_readable(self, descriptor: int) -> bool:
+        """Stay awake for a moment until something has arrived, or an interrupt is to be handled; whether it was so."""
+        return self._spin.until(lambda: self.is_readable(descriptor) or bool(self._interrupt_pending.value))
+
+    def is_readable_soon(self, descriptor: int) -> bool:
+        """The same, and then sleep for another moment. A longer one would have to handle interrupts."""
+        if self.spin_until_readable(descriptor):
+            return True
+        return not self._interrupt_pending.value and self.is_ready(descriptor, READABLE, _SOON_MS)
 
     def wait_for_one(self, descriptor: int, deadline: float | None) -> bool:
         """Wait until something has arrived; False at the deadline (time.monotonic()). Handles interrupts meanwhile."""

@@ -86,6 +86,7 @@ class WorkerSession:
         self.guc_state = b""
         self.known_to_supervisor = 0  # the number of the control connection over which it was handed over
         self.closed = False
+        self.idle_since = 0.0  # of time.monotonic()
         self.users: list[str] = []
         self.is_superuser = False  # when it began: whether it has the right to become anybody
         self.is_switched = False  # from another role: so Python runs in the worker already, which counts placeholders

@@ -37,7 +37,7 @@ class Sessions:
         self._loopback = loopback
         self._registry = registry
         self._inheritance = Inheritance(server)
-        self._pool = Pool(server)
+        self._pool = Pool()
         self._being_cleaned: dict[int, WorkerSession] = {}  # until the supervisor tells, by the key of the job before
         self._spare: WorkerSession | None = None  # begun ahead
         self._pool_size = 0  # at the latest launch
@@ -282,6 +282,9 @@ class Sessions:
             raise
         else:
             self._pool.put(session)
+            ended = self._pool.drop_ended(worker.configuration.pool_idle_timeout_ms)
+            if ended is not None:
+                self.end(ended)
 
     def await_clean_up(self, key: int, session: WorkerSession) -> None:
         """The supervisor has seen the end of this job, and will tell of the clean-up that follows it."""

@@ -26,6 +26,7 @@ from .server import READABLE
 
 _NO_LIMIT = 1 << 62
 _IDLE = 0  # TransactionStatus.IDLE
+_MOMENT_S = 0.01  # to give the processor away may take a few milliseconds
 _INTERRUPTED = (QUERY_CANCELED, ADMIN_SHUTDOWN, CONNECTION_FAILURE)
 
 
@@ -63,7 +64,8 @@ class Worker(Dispatch):
     def wait(self, deadline: float | None) -> bool:
         """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
         self.advance()
-        if self._direct and not self.ended and self._server.is_readable_soon(self.session.connection.socket, 0):
+        if self._direct and not self.ended and (deadline is None or deadline - time.monotonic() > _MOMENT_S):
+            self._server.spin_until_readable(self.session.connection.socket)
             self.advance()
         if deadline is None and not self.ended:
             self._wait_without_limit()
@@ -109,10 +111,10 @@ class Worker(Dispatch):
 
     def wait_for_rows(self) -> None:
         """Wait until the result's columns are known or the job has ended."""
-        if self._direct and self._server.is_readable_soon(self.session.connection.socket):
+        if self._direct and not self.ended and self._server.is_readable_soon(self.session.connection.socket):
             self._pump_directly(self.job.queue_size)
-            if self.state is not State.RUNNING:
-                return
+        if self.ended:
+            return
         arrived = False
         with self._watch() as watch:
             while True:
