@@ -49,13 +49,17 @@ class Link:
         self.waits_for: int | None = None  # pid of the worker whose end the session waits for
 
     def read_messages(self) -> Heard:
-        """Put what has come into the inbox; what was heard behind that."""
+        """Put what has come into the inbox; what was heard behind that.
+
+        After each message, the processor goes to whoever wants it: sessions at work, and their workers, wait for it.
+        """
         try:
             for _ in range(_READ_AT_ONCE):
                 received = messages.receive(self.connection)
                 if received is None:
                     return Heard.END
                 self.inbox.append(received)
+                os.sched_yield()
         except BlockingIOError:
             return Heard.NOTHING
         except messages.DescriptorsLostError:

@@ -279,6 +279,7 @@ class Supervisor:
             heard = link.read_messages()
             while link.inbox:
                 self._dispatch(link, link.inbox.popleft())
+                os.sched_yield()  # as behind each that was read
         if heard is Heard.WITHOUT_DESCRIPTORS:
             self._sockets.send(link, [messages.NO_DESCRIPTOR])
             link.lives_on = True

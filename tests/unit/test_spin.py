@@ -57,7 +57,7 @@ def sleeps_after(spin_: Spin) -> int:
 def test_each_wait_in_vain_has_twice_as_many_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spin, "_LONGEST_NS", 0)
     waits = Spin()
-    asleep = []
+    asleep: list[int] = []
     for _ in range(14):
         while (found := wait(waits, None)) == (False, 0):
             asleep[-1] += 1
