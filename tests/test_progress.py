@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -141,6 +142,25 @@ def test_each_job_of_a_reused_session_has_its_own_progress(alice: Session) -> No
     expected = [(number, f"job {number}") if number % 3 else (None, None) for number in range(60)]
     time.sleep(0.1)
     assert [progress(alice, handle) for handle in handles] == expected
+
+
+def test_jobs_in_quick_succession_in_several_sessions_have_their_own_progress(
+    connect: Callable[..., Session], role: Callable[..., Role]
+) -> None:
+    owner = role("alice", schema=True)
+    sessions = [connect(owner) for _ in range(4)]
+
+    def mixed_up(session: Session) -> list[Any]:
+        handles = []
+        for number in range(120):
+            handles.append(launch(session, f"SELECT pg_background_progress({number % 100}, 'job {number}')"))
+            finish(session, handles[-1])
+        wait_until(lambda: progress(session, handles[-1])[0] is not None, what="the last report")
+        found = [progress(session, handle) for handle in handles]
+        return [(number, what) for number, what in enumerate(found) if what != (number % 100, f"job {number}")]
+
+    with ThreadPoolExecutor(len(sessions)) as threads:
+        assert list(threads.map(mixed_up, sessions)) == [[]] * len(sessions)
 
 
 def test_jobs_that_run_at_once_do_not_mix(alice: Session, connect: Callable[..., Session]) -> None:

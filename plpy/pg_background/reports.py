@@ -12,6 +12,15 @@ from .sockets import Sockets
 from .supervised import Link
 
 _AT_ONCE = 1000
+_NO_REPORT = (messages.ProtocolError, TypeError, ValueError, IndexError, RecursionError)
+
+
+def _reported_at(packet: bytes) -> float:
+    """When, of time.monotonic(); 0 for what is no report, which is found out when it is taken."""
+    try:
+        return float(json.loads(packet)[3])
+    except _NO_REPORT:
+        return 0.0
 
 
 class Reports:
@@ -62,36 +71,45 @@ class Reports:
             self.hear(reporter, time.monotonic() if at is None else at)
 
     def hear(self, link: Link, until: float | None = None) -> None:
-        """Of several reports of one job the last one counts.
+        """Note what a worker has reported; of several reports of one job the last one counts.
 
-        until: when the current job had ended; what was reported later is for a job that is to be announced first.
+        until: when the current job had ended, of time.monotonic(); what was reported later waits until its job has been
+        announced. Without that, all announcements are read first; what is reported meanwhile waits as well.
         """
         packets, gone = messages.receive_all(link.connection, _AT_ONCE)
         link.packets += packets
-        channel = self._sockets.channels.get(link.pid)
-        if until is None and channel is not None and channel.link is not None:
-            self._receive(channel.link)  # a job was announced before it could report
+        border = until or 0.0
+        if until is None:
+            until = _reported_at(link.packets[-1]) if link.packets else 0.0
             channel = self._sockets.channels.get(link.pid)
-        packets, link.packets = link.packets, []
-        border = until
-        if border is None:
+            if channel is not None and channel.link is not None:
+                self._receive(channel.link)
+                channel = self._sockets.channels.get(link.pid)
             border = channel.job.started if channel is not None and channel.job is not None else 0.0
         try:
-            reports = [json.loads(packet) for packet in (packets[:1] + packets[-1:])]
-            if reports and (reports[0][3] < border) != (reports[-1][3] < border):
-                reports = [json.loads(packet) for packet in packets]
-            for kind, *arguments in reports:
-                if kind != messages.PROGRESS:
-                    raise messages.ProtocolError(kind)
-                if until is None or arguments[2] <= until:
-                    self.note(link.pid, *arguments)
-            if until is not None and reports and reports[-1][3] > until:
-                link.packets = [packet for packet in packets if json.loads(packet)[3] > until]
-                self._unheard.add(link)
-        except (messages.ProtocolError, TypeError, ValueError, IndexError, RecursionError):
+            self._take(link, border, until)
+        except _NO_REPORT:
             gone = True
         if gone:
             self._close_link(link)
+
+    def _take(self, link: Link, border: float, until: float) -> None:
+        """Note the reports until then; between two jobs lies the border. Errors as of a message that is none."""
+        packets, link.packets = link.packets, []
+        reports = [json.loads(packet) for packet in (packets[:1] + packets[-1:])]
+        if not reports:
+            return
+        is_late = reports[-1][3] > until
+        if is_late or (reports[0][3] < border) != (reports[-1][3] < border):
+            reports = [json.loads(packet) for packet in packets]
+        for kind, *arguments in reports:
+            if kind != messages.PROGRESS:
+                raise messages.ProtocolError(kind)
+            if arguments[2] <= until:
+                self.note(link.pid, *arguments)
+        if is_late:
+            link.packets = [packet for packet in packets if _reported_at(packet) > until]
+            self._unheard.add(link)
 
     def note(self, pid: int, percent: int, text: str | None, at: float) -> None:
         """A report may be read after the end of its job, even after the start of the next: `at` tells whose it is."""

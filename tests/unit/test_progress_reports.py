@@ -1,0 +1,124 @@
+"""Whose job a report of progress counts for, whatever arrives while it is looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pg_background import messages
+from pg_background.reports import Reports
+from pg_background.store import KEY
+from pg_background.supervised import Job, Link
+
+
+class Ledger:
+    """Nothing is inherited, and what is noted can be read in the rows."""
+
+    def inherited_row(self, _: int) -> None:
+        return None
+
+    def note(self, _: dict[str, Any]) -> None:
+        return None
+
+
+class Channel:
+    """That of the one worker."""
+
+    def __init__(self, link: Link) -> None:
+        self.link = link
+        self.job: Job | None = None
+        self.previous: Job | None = None
+
+
+class Sockets:
+    """One worker, whose reports need no rest."""
+
+    def __init__(self) -> None:
+        self.channels: dict[int, Channel] = {}
+
+    def rest_reporter(self, _: Link) -> None:
+        return None
+
+
+class Supervision:
+    """A worker that runs jobs of 10 s each: job n from 10 n on. `session` holds what its session has told."""
+
+    def __init__(self, reporter: Link, worker: socket.socket) -> None:
+        self._worker = worker
+        self._reporter = reporter
+        self.channel = Channel(reporter)
+        sockets = Sockets()
+        sockets.channels[os.getpid()] = self.channel
+        self.reports = Reports(sockets, Ledger(), self._receive, lambda _: None)  # type: ignore[arg-type]
+        self.session: list[tuple[str, int]] = []
+        self.rows: dict[int, dict[str, Any]] = {}
+        self.while_an_end_is_handled: list[int] = []
+        self.reports.add(reporter)
+
+    def report(self, number: int) -> None:
+        """The worker reports of this job."""
+        packet = json.dumps([messages.PROGRESS, number, f"job {number}", 10.0 * number + 5])
+        self._worker.send(packet.encode())
+
+    def _receive(self, _: Link) -> None:
+        """As Supervisor._receive: first all is read, then each message is handled."""
+        inbox, self.session = self.session, []
+        for kind, number in inbox:
+            if kind == "job":
+                row = self.rows[number] = {KEY: number, "state": "running", "progress_pct": None}
+                job = Job(row, 10 * number * 10**9, 1, {})
+                self.channel.previous, self.channel.job = self.channel.job, job
+                continue
+            for later in self.while_an_end_is_handled:
+                self.session += [("job", later)]
+                self.report(later)
+                self.session += [("end", later)]
+            self.while_an_end_is_handled = []
+            self.reports.hear_before_end(os.getpid(), 10.0 * number + 9)
+            self.rows[number]["state"] = "stopped"
+
+    def hear(self) -> dict[int, int | None]:
+        """Look after all that is there; the percentages in the rows."""
+        self.reports.hear(self._reporter)
+        self.reports.hear_unheard()
+        return {number: row["progress_pct"] for number, row in self.rows.items()}
+
+
+@pytest.fixture
+def supervision() -> Iterator[Supervision]:
+    ours, worker = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, worker:
+        yield Supervision(Link(ours), worker)
+
+
+def test_each_report_counts_for_its_job(supervision: Supervision) -> None:
+    for number in (1, 2):
+        supervision.session += [("job", number)]
+        supervision.report(number)
+        supervision.session += [("end", number)]
+    assert supervision.hear() == {1: 1, 2: 2}
+
+
+@pytest.mark.parametrize("later", [[3], [3, 4], [3, 4, 5]])
+def test_what_is_reported_while_an_end_is_handled_waits_for_its_jobs_announcement(
+    supervision: Supervision, later: list[int]
+) -> None:
+    """A report that was read later than the announcements: its job may be one that is not known yet."""
+    supervision.session += [("job", 1)]
+    supervision.report(1)
+    supervision.session += [("end", 1), ("job", 2)]
+    supervision.while_an_end_is_handled = later
+    assert supervision.hear() == {1: 1, 2: None, **{number: number for number in later}}
+
+
+def test_of_several_reports_of_one_job_the_last_one_counts(supervision: Supervision) -> None:
+    supervision.session += [("job", 1)]
+    for percent in (10, 20, 30):
+        packet = json.dumps([messages.PROGRESS, percent, None, 10.0 + percent / 100])
+        supervision._worker.send(packet.encode())
+    assert supervision.hear() == {1: 30}
