@@ -34,7 +34,7 @@ class AfterCommit:
     def on_defer(self, link: Link, descriptors: list[int], announcement: list[Any], extras: dict[str, Any]) -> None:
         """A session hands a job over; its packet is in the file whose descriptor is the last one."""
         packet = _packet_in(descriptors.pop(), extras)
-        row = announced_row(link, announcement)
+        row = announced_row(link, messages.Announcement(*announcement))
         channel = self._jobs.channel_for(link, row, descriptors)
         job = Job(row, extras["started_ns"], None, extras)
         if channel is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from . import messages
@@ -18,9 +18,9 @@ from .supervised import Channel, Job, Link
 _REMEMBERED = 2000  # finished jobs that questions find in memory
 
 
-def announced_row(link: Link, announcement: Iterable[Any]) -> Row:
+def announced_row(link: Link, announced: messages.Announcement) -> Row:
     """What the row of a new job begins with."""
-    row = messages.Announcement(*announcement).row()
+    row = announced.row()
     row["launcher_pid"], row["launcher_start"] = link.pid, link.process_start
     return row
 
@@ -56,7 +56,7 @@ class Jobs:
         extras: dict[str, Any],
     ) -> None:
         """A job is about to be sent, or is handed over by a session whose supervisor has gone."""
-        row = announced_row(link, announcement)
+        row = announced_row(link, messages.Announcement(*announcement))
         pid, key = int(row["pid"]), int(row[KEY])
         if extras.get("again"):
             row = self._row_so_far(dict(row, consumed=extras["consumed"]))
