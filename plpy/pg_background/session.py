@@ -243,6 +243,7 @@ class WorkerSession:
     def run(self, sql: bytes) -> PGresult:
         """Run a query of the set-up and wait for its last result; its error becomes ours."""
         self._send(sql)
+        self._server.spin_until_readable(self.connection.socket)
         return self._last_result()
 
     def _send(self, sql: bytes) -> None:
