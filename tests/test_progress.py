@@ -163,6 +163,28 @@ def test_jobs_in_quick_succession_in_several_sessions_have_their_own_progress(
         assert list(threads.map(mixed_up, sessions)) == [[]] * len(sessions)
 
 
+def test_submitted_jobs_in_quick_succession_have_their_own_progress(
+    connect: Callable[..., Session], role: Callable[..., Role]
+) -> None:
+    """Their session is told of an end by the supervisor, and may have sent the next job before that looks again."""
+    owner = role("alice", schema=True)
+    sessions = [connect(owner) for _ in range(4)]
+
+    def mixed_up(session: Session) -> list[Any]:
+        submit = "SELECT pid, cookie FROM pg_background_submit_v2(%s)"
+        handles = []
+        for number in range(300):
+            query = f"SELECT pg_background_progress({number % 100}, 'job {number}')"
+            handles.append(Handle(*session.rows(submit, (query,))[0]))
+            finish(session, handles[-1])
+        wait_until(lambda: progress(session, handles[-1])[0] is not None, what="the last report")
+        found = [progress(session, handle) for handle in handles]
+        return [(number, what) for number, what in enumerate(found) if what != (number % 100, f"job {number}")]
+
+    with ThreadPoolExecutor(len(sessions)) as threads:
+        assert list(threads.map(mixed_up, sessions)) == [[]] * len(sessions)
+
+
 def test_jobs_that_run_at_once_do_not_mix(alice: Session, connect: Callable[..., Session]) -> None:
     job = "DO $$BEGIN FOR i IN 1..2000 LOOP PERFORM pg_background_progress(i / 20, '{}'); END LOOP; END$$"
     handles = {name: launch(alice, job.format(name)) for name in ("a", "b", "c", "d")}

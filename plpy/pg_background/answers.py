@@ -178,11 +178,12 @@ class Answers:
 
     def _tell_ended(self, channel: Channel, job: Job, changes: Row, clean_up: list[str | None] | None) -> None:
         """The worker's own session first: what others do upon the end must find it informed."""
+        ended_at = time.monotonic()  # before its session can have sent the next job there
         if channel.link is not None:
             reports = {} if clean_up is None else channel.reports
             ended = messages.Ended(channel.pid, job.row[KEY], changes, clean_up, reports)
             self._sockets.send(channel.link, ended.message())
-        self._jobs.end(job, changes, None)
+        self._jobs.end(job, changes, ended_at)
 
     def _lost(self, channel: Channel, received: bytes | None) -> bool:
         """Nothing to read: not yet (b"" stands for the end of the connection)."""

@@ -117,6 +117,11 @@ class Cleaning:
         self._answers_awaited, self._first_answer, self._reports = answers, received or None, reports
 
     @property
+    def idle_timeout_ms(self) -> int:
+        """After so long the session ends itself, if it is not used; 0: never; negative: not known."""
+        return self._latest.idle_timeout_ms
+
+    @property
     def is_done(self) -> bool:
         """Whether finish() would not have to wait, as far as can be seen."""
         if self._answers_awaited and self._first_answer is None:

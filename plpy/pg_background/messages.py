@@ -8,11 +8,13 @@ user; nobody else can reach the socket, which lies in the data directory.
 from __future__ import annotations
 
 import array
+import fcntl
 import json
 import json.encoder
 import os
 import socket
 import struct
+import termios
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
@@ -179,10 +181,11 @@ def finished_packet(key: int, tag: str, rows: int | None, ended_ns: int) -> byte
 
 
 class Received(NamedTuple):
-    """A message and the descriptors that came with it."""
+    """A message, the descriptors that came with it, and the bytes that it took on its way."""
 
     message: list[Any]
     descriptors: tuple[int, ...]
+    size: int
 
 
 def control_socket() -> socket.socket:
@@ -195,6 +198,13 @@ def peer_pid(connection: socket.socket) -> int:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
     pid: int = _PEER_CREDENTIALS.unpack(credentials)[0]
     return pid
+
+
+def bytes_unread(connection: socket.socket) -> int:
+    """Of all messages that have come."""
+    number = array.array("i", [0])
+    fcntl.ioctl(connection.fileno(), termios.FIONREAD, number)
+    return number[0]
 
 
 def send(connection: socket.socket, message: list[Any], *descriptors: int) -> None:
@@ -228,7 +238,7 @@ def receive(connection: socket.socket) -> Received | None:
         return None
     descriptors = _descriptors_of(ancillary) if ancillary else ()
     try:
-        return Received(_message_in(packet, flags), descriptors)
+        return Received(_message_in(packet, flags), descriptors, len(packet))
     except (ValueError, RecursionError, ProtocolError) as error:
         for descriptor in descriptors:
             os.close(descriptor)

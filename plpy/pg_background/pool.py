@@ -59,10 +59,11 @@ class Pool:
                 return session
         return None
 
-    def drop_ended(self, idle_timeout_ms: int) -> WorkerSession | None:
+    def drop_ended(self) -> WorkerSession | None:
         """Give up the one that has been idle longest, if it has ended itself for that; the caller closes it."""
-        longest = self.idle[0] if self.idle and idle_timeout_ms else None
-        if longest is None or (time.monotonic() - longest.idle_since) * 1000 <= idle_timeout_ms:
+        longest = self.idle[0] if self.idle else None
+        timeout_ms = longest.cleaning.idle_timeout_ms if longest is not None else 0
+        if longest is None or timeout_ms <= 0 or (time.monotonic() - longest.idle_since) * 1000 <= timeout_ms:
             return None
         return self.idle.popleft()
 

@@ -12,7 +12,7 @@ from .sockets import Sockets
 from .supervised import Link
 
 _AT_ONCE = 1000
-_NO_REPORT = (messages.ProtocolError, TypeError, ValueError, IndexError, RecursionError)
+_NO_REPORT = (messages.ProtocolError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError)
 
 
 def _reported_at(packet: bytes) -> float:
@@ -61,8 +61,9 @@ class Reports:
 
     def hear_unheard(self) -> None:
         """Those that were read before their jobs were announced."""
-        while self._unheard:
-            self.hear(self._unheard.pop())
+        unheard, self._unheard = self._unheard, set()
+        for link in unheard:
+            self.hear(link)
 
     def hear_before_end(self, pid: int, at: float | None) -> None:
         """All that a worker has reported of a job that ended then, of time.monotonic(); None: now."""
@@ -78,14 +79,13 @@ class Reports:
         """
         packets, gone = messages.receive_all(link.connection, _AT_ONCE)
         link.packets += packets
-        border = until or 0.0
+        channel = self._sockets.channels.get(link.pid)
         if until is None:
             until = _reported_at(link.packets[-1]) if link.packets else 0.0
-            channel = self._sockets.channels.get(link.pid)
             if channel is not None and channel.link is not None:
                 self._receive(channel.link)
                 channel = self._sockets.channels.get(link.pid)
-            border = channel.job.started if channel is not None and channel.job is not None else 0.0
+        border = channel.job.started if channel is not None and channel.job is not None else 0.0
         try:
             self._take(link, border, until)
         except _NO_REPORT:

@@ -281,10 +281,14 @@ class Sessions:
             self.end(session)
             raise
         else:
-            self._pool.put(session)
-            ended = self._pool.drop_ended(worker.configuration.pool_idle_timeout_ms)
-            if ended is not None:
-                self.end(ended)
+            self._keep(session)
+
+    def _keep(self, session: WorkerSession) -> None:
+        """For the next job; one that has ended itself meanwhile is closed."""
+        self._pool.put(session)
+        ended = self._pool.drop_ended()
+        if ended is not None:
+            self.end(ended)
 
     def await_clean_up(self, key: int, session: WorkerSession) -> None:
         """The supervisor has seen the end of this job, and will tell of the clean-up that follows it."""
@@ -299,7 +303,7 @@ class Sessions:
     def put_back(self, session: WorkerSession, reports: wire.Reports, *, clean: bool) -> None:
         """Keep a session for the next job, or end it."""
         if clean and self._has_room_for(session) and session.resynchronize(reports):
-            self._pool.put(session)
+            self._keep(session)
         else:
             self.end(session)
 

@@ -7,22 +7,20 @@ import os
 import socket
 from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Callable
 
 from . import messages, wire
 from .deferral import Queue
 from .process import Process, process_start
 from .store import Row
 
-_READ_AT_ONCE = 256  # messages
 WINDOW_BYTES = 1 << 16  # of a worker's output that is looked at
 
 
 class Heard(enum.Enum):
     """What a connection holds behind the messages that were read."""
 
-    MORE = enum.auto()  # perhaps
-    NOTHING = enum.auto()  # yet
+    NOTHING = enum.auto()  # that had come before
     END = enum.auto()
     GARBAGE = enum.auto()
     WITHOUT_DESCRIPTORS = enum.auto()  # a message that had more of them than this process may open
@@ -48,25 +46,28 @@ class Link:
         self.waiting: dict[int, Job | None] = {}  # by request: whose end the session is to be told
         self.waits_for: int | None = None  # pid of the worker whose end the session waits for
 
-    def read_messages(self) -> Heard:
-        """Put what has come into the inbox; what was heard behind that.
+    def read_messages(self, give_way: Callable[[], None]) -> Heard:
+        """Put what lies there into the inbox, not what comes meanwhile; what was heard behind that.
 
-        After each message, the processor goes to whoever wants it: sessions at work, and their workers, wait for it.
+        give_way: called between two messages.
         """
         try:
-            for _ in range(_READ_AT_ONCE):
+            left = messages.bytes_unread(self.connection)
+            while True:
                 received = messages.receive(self.connection)
                 if received is None:
                     return Heard.END
                 self.inbox.append(received)
-                os.sched_yield()
+                left -= received.size
+                if left <= 0:
+                    return Heard.NOTHING
+                give_way()
         except BlockingIOError:
             return Heard.NOTHING
         except messages.DescriptorsLostError:
             return Heard.WITHOUT_DESCRIPTORS
         except (OSError, messages.ProtocolError):
             return Heard.GARBAGE
-        return Heard.MORE
 
     def drop_unheard(self) -> None:
         """Nobody will look at what is left in the inbox."""

@@ -30,6 +30,7 @@ from .supervised import Heard, Link
 
 _TICK_S = 0.05  # jobs that were not over by then are watched; signals are repeated
 _SLICE_S = 0.1  # interrupts are handled at least so often
+_GIVES_WAY_S = 0.005  # in each turn: deadlines and others' questions wait for its end
 _FIRST_LINK_S = 2.0
 # Who reads the view may have a snapshot of the table that is older than the last rows written: that a job without a
 # backend still has a supervisor tells the reader that it is not lost.
@@ -88,6 +89,7 @@ class Supervisor:
         self._idle_since = now
         self._deaf = False  # the listener is not polled: no descriptor was left for a connection
         self._born = now
+        self._gives_way_until = now
         self._has_had_no_link = True
         self._handlers: dict[str, Callable[..., None]] = {
             messages.HELLO: self._on_hello,
@@ -119,7 +121,9 @@ class Supervisor:
         while self._is_wanted():
             if os.getppid() != parent:
                 return  # the postmaster is gone, and so is everybody else
-            self._serve(self._sockets.epoll.poll(self._poll_timeout(), _MAX_EVENTS))
+            events = self._sockets.epoll.poll(self._poll_timeout(), _MAX_EVENTS)
+            self._gives_way_until = time.monotonic() + _GIVES_WAY_S
+            self._serve(events)
             now = time.monotonic()
             self._answers.read_ready()
             self._reports.hear_unheard()
@@ -273,18 +277,21 @@ class Supervisor:
         self._sockets.add_link(connection)
 
     def _receive(self, link: Link, *, parting: bool = False) -> None:
-        """Take all messages of a link; garbage or its end closes it."""
-        heard = Heard.MORE
-        while heard is Heard.MORE and not link.closed:
-            heard = link.read_messages()
-            while link.inbox:
-                self._dispatch(link, link.inbox.popleft())
-                os.sched_yield()  # as behind each that was read
+        """Take all messages of a link that have come by now; garbage or its end closes it."""
+        heard = Heard.NOTHING if link.closed else link.read_messages(self._give_way)
+        while link.inbox:
+            self._dispatch(link, link.inbox.popleft())
+            self._give_way()
         if heard is Heard.WITHOUT_DESCRIPTORS:
             self._sockets.send(link, [messages.NO_DESCRIPTOR])
             link.lives_on = True
         if heard in (Heard.WITHOUT_DESCRIPTORS, Heard.GARBAGE) or (heard is Heard.END and not parting):
             self._close_link(link)
+
+    def _give_way(self) -> None:
+        """Let sessions at work, and their workers, have the processor, unless the next turn would have to wait."""
+        if time.monotonic() < self._gives_way_until:
+            os.sched_yield()
 
     def _dispatch(self, link: Link, received: messages.Received) -> None:
         kind, *arguments = received.message

@@ -12,7 +12,7 @@ import pytest
 from pg_background import messages
 from pg_background.reports import Reports
 from pg_background.store import KEY
-from pg_background.supervised import Job, Link
+from pg_background.supervised import Heard, Job, Link
 
 
 class Ledger:
@@ -53,7 +53,8 @@ class Supervision:
         self.channel = Channel(reporter)
         sockets = Sockets()
         sockets.channels[os.getpid()] = self.channel
-        self.reports = Reports(sockets, Ledger(), self._receive, lambda _: None)  # type: ignore[arg-type]
+        self.closed: list[Link] = []
+        self.reports = Reports(sockets, Ledger(), self._receive, self.closed.append)  # type: ignore[arg-type]
         self.session: list[tuple[str, int]] = []
         self.rows: dict[int, dict[str, Any]] = {}
         self.while_an_end_is_handled: list[int] = []
@@ -122,3 +123,44 @@ def test_of_several_reports_of_one_job_the_last_one_counts(supervision: Supervis
         packet = json.dumps([messages.PROGRESS, percent, None, 10.0 + percent / 100])
         supervision._worker.send(packet.encode())
     assert supervision.hear() == {1: 30}
+
+
+GARBAGE = [b"{}", b'{"3":1}', b"[]", b"1", b"[1,2,3,4]", b'["progress",1,null,"x"]', b"\xff", b"[" * 100_000]
+TOO_LARGE = b'["progress",1,null,1' + b"0" * 400 + b"]"
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_garbage_ends_the_line_of_who_sends_it_and_nothing_else(
+    supervision: Supervision, garbage: bytes, position: int
+) -> None:
+    supervision.session += [("job", 1)]
+    packets = [json.dumps([messages.PROGRESS, percent, None, 10.0 + percent / 100]).encode() for percent in (10, 20)]
+    for packet in (*packets[:position], garbage, *packets[position:]):
+        supervision._worker.send(packet)
+    supervision.hear()
+    assert supervision.closed or position == 1  # of several reports only the first and the last are looked at
+
+
+def test_a_time_that_is_no_float_is_no_error(supervision: Supervision) -> None:
+    supervision.session += [("job", 1)]
+    supervision._worker.send(TOO_LARGE)
+    assert supervision.hear() == {1: None}
+
+
+def test_only_what_lies_there_is_read(supervision: Supervision) -> None:
+    """Whoever sends as fast as the supervisor reads must not keep it from all else."""
+    link = supervision._reporter
+
+    def send(number: int) -> None:
+        messages.send(supervision._worker, [messages.WRITING, number, True])
+
+    for number in range(3):
+        send(number)
+    assert link.read_messages(lambda: send(3)) is Heard.NOTHING
+    assert [received.message[1] for received in link.inbox] == [0, 1, 2]
+    link.inbox.clear()
+    assert link.read_messages(lambda: None) is Heard.NOTHING
+    assert [received.message[1] for received in link.inbox] == [3, 3]
+    supervision._worker.close()
+    assert link.read_messages(lambda: None) is Heard.END
