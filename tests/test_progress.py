@@ -144,38 +144,20 @@ def test_each_job_of_a_reused_session_has_its_own_progress(alice: Session) -> No
     assert [progress(alice, handle) for handle in handles] == expected
 
 
+@pytest.mark.parametrize(("call", "jobs"), [("launch", 120), ("submit", 300)])
 def test_jobs_in_quick_succession_in_several_sessions_have_their_own_progress(
-    connect: Callable[..., Session], role: Callable[..., Role]
+    connect: Callable[..., Session], role: Callable[..., Role], call: str, jobs: int
 ) -> None:
+    """The next job has begun by the time that the supervisor looks, or even while it tells of the last one's end."""
     owner = role("alice", schema=True)
     sessions = [connect(owner) for _ in range(4)]
+    start = f"SELECT pid, cookie FROM pg_background_{call}_v2(%s)"
 
     def mixed_up(session: Session) -> list[Any]:
         handles = []
-        for number in range(120):
-            handles.append(launch(session, f"SELECT pg_background_progress({number % 100}, 'job {number}')"))
-            finish(session, handles[-1])
-        wait_until(lambda: progress(session, handles[-1])[0] is not None, what="the last report")
-        found = [progress(session, handle) for handle in handles]
-        return [(number, what) for number, what in enumerate(found) if what != (number % 100, f"job {number}")]
-
-    with ThreadPoolExecutor(len(sessions)) as threads:
-        assert list(threads.map(mixed_up, sessions)) == [[]] * len(sessions)
-
-
-def test_submitted_jobs_in_quick_succession_have_their_own_progress(
-    connect: Callable[..., Session], role: Callable[..., Role]
-) -> None:
-    """Their session is told of an end by the supervisor, and may have sent the next job before that looks again."""
-    owner = role("alice", schema=True)
-    sessions = [connect(owner) for _ in range(4)]
-
-    def mixed_up(session: Session) -> list[Any]:
-        submit = "SELECT pid, cookie FROM pg_background_submit_v2(%s)"
-        handles = []
-        for number in range(300):
+        for number in range(jobs):
             query = f"SELECT pg_background_progress({number % 100}, 'job {number}')"
-            handles.append(Handle(*session.rows(submit, (query,))[0]))
+            handles.append(Handle(*session.rows(start, (query,))[0]))
             finish(session, handles[-1])
         wait_until(lambda: progress(session, handles[-1])[0] is not None, what="the last report")
         found = [progress(session, handle) for handle in handles]

@@ -329,6 +329,8 @@ def test_a_worker_it_has_no_descriptor_for_is_an_error(busy: Handle, alice: Sess
     import resource
 
     read_later = launch(alice, "SELECT repeat('x', 1000) FROM generate_series(1, 5000)")
+    # A question is answered when all is known that was sent before it: that worker's socket has been taken by then.
+    conn.execute("SELECT pg_background_wait_v2_timeout(%s, %s, 0)", read_later)
     pid = supervisor_pid(conn)
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (descriptors(pid), before[1]))
