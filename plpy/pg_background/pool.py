@@ -61,11 +61,11 @@ class Pool:
 
     def drop_ended(self) -> WorkerSession | None:
         """Give up the one that has been idle longest, if it has ended itself for that; the caller closes it."""
-        longest = self.idle[0] if self.idle else None
-        timeout_ms = longest.cleaning.idle_timeout_ms if longest is not None else 0
-        if longest is None or timeout_ms <= 0 or (time.monotonic() - longest.idle_since) * 1000 <= timeout_ms:
+        if not self.idle:
             return None
-        return self.idle.popleft()
+        timeout_ms = self.idle[0].cleaning.idle_timeout_ms
+        has_ended = 0 < timeout_ms < (time.monotonic() - self.idle[0].idle_since) * 1000
+        return self.idle.popleft() if has_ended else None
 
     def drop_beyond(self, size: int) -> list[WorkerSession]:
         """Give up all but so many, those first that have been idle longest; the caller ends them."""

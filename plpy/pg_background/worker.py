@@ -64,8 +64,9 @@ class Worker(Dispatch):
     def wait(self, deadline: float | None) -> bool:
         """Wait until the job has ended; False at the deadline. Unread output is kept, if need be in a file."""
         self.advance()
-        if self._direct and not self.ended and (deadline is None or deadline - time.monotonic() > _MOMENT_S):
-            self._server.spin_until_readable(self.session.connection.socket)
+        has_time = deadline is None or deadline - time.monotonic() > _MOMENT_S
+        may_spin = self._direct and not self.ended and has_time
+        if may_spin and self._server.spin_until_readable(self.session.connection.socket):
             self.advance()
         if deadline is None and not self.ended:
             self._wait_without_limit()

@@ -44,6 +44,11 @@ class Sockets:
         return None
 
 
+def packet(percent: int, text: str | None, at: float) -> bytes:
+    """A report, as a worker sends it."""
+    return json.dumps([messages.PROGRESS, percent, text, at]).encode()
+
+
 class Supervision:
     """A worker that runs jobs of 10 s each: job n from 10 n on. `session` holds what its session has told."""
 
@@ -62,8 +67,7 @@ class Supervision:
 
     def report(self, number: int) -> None:
         """The worker reports of this job."""
-        packet = json.dumps([messages.PROGRESS, number, f"job {number}", 10.0 * number + 5])
-        self._worker.send(packet.encode())
+        self._worker.send(packet(number, f"job {number}", 10.0 * number + 5))
 
     def _receive(self, _: Link) -> None:
         """As Supervisor._receive: first all is read, then each message is handled."""
@@ -120,8 +124,7 @@ def test_what_is_reported_while_an_end_is_handled_waits_for_its_jobs_announcemen
 def test_of_several_reports_of_one_job_the_last_one_counts(supervision: Supervision) -> None:
     supervision.session += [("job", 1)]
     for percent in (10, 20, 30):
-        packet = json.dumps([messages.PROGRESS, percent, None, 10.0 + percent / 100])
-        supervision._worker.send(packet.encode())
+        supervision._worker.send(packet(percent, None, 10.0 + percent / 100))
     assert supervision.hear() == {1: 30}
 
 
@@ -135,9 +138,10 @@ def test_garbage_ends_the_line_of_who_sends_it_and_nothing_else(
     supervision: Supervision, garbage: bytes, position: int
 ) -> None:
     supervision.session += [("job", 1)]
-    packets = [json.dumps([messages.PROGRESS, percent, None, 10.0 + percent / 100]).encode() for percent in (10, 20)]
-    for packet in (*packets[:position], garbage, *packets[position:]):
-        supervision._worker.send(packet)
+    packets = [packet(percent, None, 10.0 + percent / 100) for percent in (10, 20)]
+    packets.insert(position, garbage)
+    for sent in packets:
+        supervision._worker.send(sent)
     supervision.hear()
     assert supervision.closed or position == 1  # of several reports only the first and the last are looked at
 
